@@ -1,0 +1,63 @@
+"""fewbits: encode anything a model works with into few bits, and say honestly what that cost.
+
+>>> import fewbits
+>>> comparison = fewbits.compare("docs.npy", queries="queries.npy")
+>>> point = comparison.cheapest(recall_at_10=0.95)
+>>> codes = fewbits.encode("docs.npy", "docs.fewbits", method=point.spec)
+>>> scores, rows = fewbits.load("docs.fewbits").search("queries.npy", k=10)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fewbits.core.catalogue import systems
+    from fewbits.core.codec import chain, from_spec
+    from fewbits.core.collection import Encoded, load
+    from fewbits.core.compare import Comparison, compare
+    from fewbits.core.encode import encode
+    from fewbits.core.errors import FewbitsError
+    from fewbits.core.reproduction import reproduce
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "compare": "core.compare",
+    "Comparison": "core.compare",
+    "encode": "core.encode",
+    "load": "core.collection",
+    "Encoded": "core.collection",
+    "systems": "core.catalogue",
+    "reproduce": "core.reproduction",
+    "chain": "core.codec",
+    "from_spec": "core.codec",
+    "FewbitsError": "core.errors",
+}
+
+__all__ = [
+    "Comparison",
+    "Encoded",
+    "FewbitsError",
+    "chain",
+    "compare",
+    "encode",
+    "from_spec",
+    "load",
+    "reproduce",
+    "systems",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used, so that `fewbits --help` starts fast.
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"fewbits.{_HOMES[name]}"), name)
+    if name == "vectors":
+        return importlib.import_module(f"fewbits.{name}")
+    raise AttributeError(f"fewbits has no {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__", "vectors"]

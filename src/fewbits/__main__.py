@@ -1,0 +1,7 @@
+"""``python -m fewbits`` is the command line."""
+
+import sys
+
+from fewbits.cli import main
+
+sys.exit(main())

@@ -1,0 +1,360 @@
+"""The command line: parses, calls core, prints. Imports are inside the commands, to start fast."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fewbits import __version__
+from fewbits.core.errors import FewbitsError
+
+INPUT_HELP = (
+    ".npy, .npz, .parquet, .arrow, .fvecs, .bvecs or .safetensors, a directory of those, "
+    "- for an .npy on standard input, or example:python-docs"
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 2 for bad input, or 130 when interrupted."""
+    options = build_parser().parse_args(arguments)
+    try:
+        options.run(options)
+        sys.stdout.flush()
+    except FewbitsError as error:
+        print(f"fewbits: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader of our output has left; nothing more to say, not even at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        what = f"{error.filename}: " if error.filename else ""
+        print(f"fewbits: {what}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("fewbits: out of memory; try a smaller --rows or fewer queries", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            "fewbits: interrupted; finished parts are kept, run it again to go on", file=sys.stderr
+        )
+        return 130
+    return 0
+
+
+# -- the commands --------------------------------------------------------------------------
+
+
+def run_compare(options: argparse.Namespace) -> None:
+    from fewbits.core.compare import compare
+    from fewbits.core.report import print_table, write_report
+
+    comparison = compare(
+        options.file,
+        options.queries,
+        methods=options.methods,
+        qrels=options.qrels,
+        metric=options.metric,
+        column=options.column,
+        rows=options.rows,
+        seed=options.seed,
+        show_progress=True,
+    ).to_json()
+    if options.report:
+        page, picture = write_report(comparison, Path(options.report))
+        print(f"wrote {page} and {picture}", file=sys.stderr)
+    if options.json:
+        print_json(comparison)
+    else:
+        print_table(comparison)
+
+
+def run_encode(options: argparse.Namespace) -> None:
+    from fewbits.core.encode import encode
+
+    output = options.output or default_output(options.file)
+    encoded = encode(
+        options.file,
+        output,
+        method=options.method,
+        keep=options.keep,
+        at_most=options.at_most,
+        ratio=options.ratio,
+        queries=options.queries,
+        metric=options.metric,
+        column=options.column,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        show_progress=True,
+    )
+    if options.json:
+        print_json({"output": str(output), **describe(encoded)})
+        return
+    print(
+        f"{output}: {len(encoded):,} items by {encoded.codec.spec}, "
+        f"{encoded.bytes_per_item:g} bytes each ({encoded.ratio:.1f} times smaller), "
+        f"codec {encoded.codec_bytes:,} bytes"
+    )
+
+
+def run_decode(options: argparse.Namespace) -> None:
+    from fewbits.core.collection import load
+
+    encoded = load(options.codes)
+    path = encoded.decode_to(options.output, overwrite=options.overwrite)
+    print(f"{path}: {len(encoded):,} vectors of {encoded.codec.dims_} dimensions, float32")
+
+
+def run_search(options: argparse.Namespace) -> None:
+    from fewbits.core.collection import load
+
+    encoded = load(options.codes)
+    rescored = {None: False, "": True}.get(options.rescore, options.rescore)
+    scores, rows = encoded.search(options.queries, options.k, rescored=rescored)
+    if options.json:
+        for one_scores, one_rows in zip(scores.tolist(), rows.tolist(), strict=True):
+            print(json.dumps({"rows": one_rows, "scores": one_scores}))
+        return
+    for number, (one_scores, one_rows) in enumerate(zip(scores, rows, strict=True)):
+        found = "  ".join(f"{r}:{s:.4f}" for r, s in zip(one_rows, one_scores, strict=True))
+        print(f"query {number}: {found}")
+
+
+def run_info(options: argparse.Namespace) -> None:
+    from fewbits.core.collection import load
+
+    about = describe(load(options.codes))
+    if options.json:
+        print_json(about)
+        return
+    for name, value in about.items():
+        print(
+            f"{name.replace('_', ' '):>16}  {value:,}"
+            if isinstance(value, int)
+            else f"{name.replace('_', ' '):>16}  {value}"
+        )
+
+
+def run_systems(options: argparse.Namespace) -> None:
+    from fewbits.core.catalogue import opponents, systems
+
+    papers = [vars(row) | {"status": row.status, "opponent": False} for row in systems()]
+    others = [vars(row) | {"status": row.status, "opponent": True} for row in opponents()]
+    if options.json:
+        print_json(papers + others)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for heading in ("room", "name", "status", "what it does"):
+        table.add_column(heading, no_wrap=heading != "what it does")
+    for row in papers + others:
+        table.add_row(row["room"], row["name"], row["status"], row["summary"])
+    Console().print(table)
+    here = sum(row["status"] != "planned" for row in papers)
+    print(f"{here} of {len(papers)} systems are here, and {len(others)} codecs to compare with.")
+
+
+def run_reproduce(options: argparse.Namespace) -> None:
+    from fewbits.core.reproduction import available, reproduce
+
+    if bool(options.names) == options.all:
+        raise FewbitsError(f"name the systems, or pass --all; there are: {', '.join(available())}")
+    results = []
+    for name in options.names or available():
+        result = reproduce(name, options.size)
+        results.append(result.to_json())
+        if not options.json:
+            print_reproduction(results[-1])
+    if options.json:
+        print_json(results)
+
+
+def run_demo(options: argparse.Namespace) -> None:
+    from fewbits.demo import demo
+
+    demo(Path(options.output))
+
+
+# -- printing ------------------------------------------------------------------------------
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def describe(encoded: Any) -> dict[str, Any]:
+    """What `info` and `encode --json` say of an encoded collection."""
+    return {
+        "method": encoded.codec.spec,
+        "items": len(encoded),
+        "dims": encoded.codec.dims_,
+        "metric": encoded.metric,
+        "bytes_per_item": encoded.bytes_per_item,
+        "payload_bytes": encoded.nbytes,
+        "codec_bytes": encoded.codec_bytes,
+        "ratio": round(encoded.ratio, 3),
+        "parts": len(encoded.parts),
+        "made_from": encoded.source["name"],
+        "digest": encoded.codec.digest,
+    }
+
+
+def print_reproduction(result: dict[str, Any]) -> None:
+    verdict = "holds" if result["holds"] else "does not hold here"
+    print(f"{result['system']}: {verdict} ({result['seconds']} s)")
+    print(f"  claim: {result['claim']}")
+    if result["data"]:
+        print(f"  data: {result['data']}")
+    for title in ("figures", "baselines"):
+        for name, value in result[title].items():
+            print(f"  {title[:-1]:>9}  {name}: {value:.4g}")
+    if result["reason"]:
+        print(f"  {result['reason']}")
+
+
+# -- the parser ----------------------------------------------------------------------------
+
+
+def default_output(file: str) -> Path:
+    if file == "-":
+        return Path("stdin.fewbits")
+    if file.startswith("example:"):
+        return Path(file.removeprefix("example:") + ".fewbits")
+    return Path(file.rstrip("/")).with_suffix(".fewbits")
+
+
+def parse_keep(text: str) -> dict[str, float]:
+    name, _, value = text.partition("=")
+    try:
+        return {name.strip(): float(value.rstrip("%")) / (100 if value.endswith("%") else 1)}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write it like recall@10=0.95") from None
+
+
+def parse_amount(text: str, unit: str) -> float:
+    """A positive number, with or without its unit: 48, 48B, 16x."""
+    match = re.fullmatch(rf"([0-9.]+(?:e[+-]?[0-9]+)?)\s*{unit}?", text.strip(), re.IGNORECASE)
+    try:
+        value = float(match[1]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: write it like {48 if unit == 'b' else 16}{unit}"
+        )
+    return value
+
+
+def whole_number(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors take one line, and exit with 2."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"fewbits: {message} (see {self.prog} --help)\n")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="fewbits",
+        description="Encode vectors into few bits, and say honestly what that cost.",
+    )
+    parser.add_argument("--version", action="version", version=f"fewbits {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable[[argparse.Namespace], None], text: str) -> Any:
+        made = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        made.set_defaults(run=run)
+        return made
+
+    add_compare(command("compare", run_compare, "what does each method cost at each size?"))
+    add_encode(command("encode", run_encode, "make a collection small"))
+
+    made = command("decode", run_decode, "get vectors back")
+    made.add_argument("codes", help=".fewbits file or directory")
+    made.add_argument("-o", "--output", required=True, help=".npy file to write")
+    made.add_argument("--overwrite", action="store_true", help="replace an existing output")
+
+    made = command("search", run_search, "find the best items for each query")
+    made.add_argument("codes", help=".fewbits file or directory")
+    made.add_argument("--queries", required=True, help=INPUT_HELP)
+    made.add_argument("-k", type=whole_number, default=10, help="items per query (10)")
+    made.add_argument(
+        "--rescore",
+        nargs="?",
+        const="",
+        metavar="ORIGINALS",
+        help="order the best 10·k again, by decoded items or by the original vectors if given",
+    )
+    made.add_argument("--json", action="store_true", help="one JSON object per query")
+
+    made = command("info", run_info, "what is in a .fewbits file or directory?")
+    made.add_argument("codes", help=".fewbits file or directory")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+    made = command("systems", run_systems, "list the catalogue")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+    made = command("reproduce", run_reproduce, "run the headline claims of papers")
+    made.add_argument("names", nargs="*", metavar="NAME", help="systems, as `systems` lists them")
+    made.add_argument("--all", action="store_true", help="all that there are")
+    made.add_argument("--size", choices=("small", "quick"), default="small", help="small (minutes)")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+    made = command("demo", run_demo, "the main job on the built-in real example")
+    made.add_argument("-o", "--output", default="demo", help="folder to write (demo)")
+    return parser
+
+
+def add_input(made: argparse.ArgumentParser) -> None:
+    made.add_argument("file", help=INPUT_HELP)
+    made.add_argument("--queries", help="real queries; held-out rows are used without")
+    made.add_argument(
+        "--metric",
+        choices=("cosine", "ip", "l2"),
+        default="cosine",
+        help="cosine (scales rows to unit length; the default), inner product, or distance",
+    )
+    made.add_argument("--column", help="column or array to read, where there are several")
+    made.add_argument("--seed", type=int, default=0, help="of samples and methods (0)")
+    made.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_compare(made: argparse.ArgumentParser) -> None:
+    add_input(made)
+    made.add_argument("--methods", help="names or spec strings, joined by commas; all by default")
+    made.add_argument("--qrels", help="relevance judgements; adds nDCG@10")
+    made.add_argument("--rows", type=whole_number, default=100_000, help="sample size (100000)")
+    made.add_argument("--report", metavar="DIR", help="write an HTML report and a picture there")
+
+
+def add_encode(made: argparse.ArgumentParser) -> None:
+    add_input(made)
+    made.add_argument("-o", "--output", help="file (or directory, for sharded input) to write")
+    wish = made.add_mutually_exclusive_group()
+    wish.add_argument("--method", help="spec string, such as pca-rag:dims=96+int8")
+    wish.add_argument("--keep", type=parse_keep, help="cheapest that keeps it: recall@10=0.95")
+    wish.add_argument(
+        "--at-most", type=lambda text: parse_amount(text, "b"), help="best within 48B per item"
+    )
+    wish.add_argument(
+        "--ratio", type=lambda text: parse_amount(text, "x"), help="best that is 16x smaller"
+    )
+    made.add_argument("--overwrite", action="store_true", help="replace an existing output")

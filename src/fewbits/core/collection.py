@@ -1,0 +1,272 @@
+"""An encoded collection: a codec and the codes it made, in memory or on disk."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbits.core import container
+from fewbits.core.checks import check_k
+from fewbits.core.code import Code
+from fewbits.core.codec import (
+    Codec,
+    describe,
+    from_description,
+    pack_state,
+    rows_per_block,
+)
+from fewbits.core.errors import FewbitsError
+from fewbits.core.readers import Source, open_source
+from fewbits.core.search import Matches, Searcher, check_metric, merge, rescore
+
+CODEC_FILE = "codec.fewbits"
+CANDIDATES = 10
+"""Rescoring orders this many times k candidates again."""
+
+
+class Encoded:
+    """A codec, and the codes of a collection in one or more parts.
+
+    Attributes
+    ----------
+    codec : the fitted codec.
+    parts : the codes, in the order of the items.
+    metric : what searches compare by: ``cosine``, ``ip`` or ``l2``.
+    source : what is remembered of the input: name, rows, dims, dtype, bytes per item.
+    """
+
+    def __init__(
+        self, codec: Codec, parts: list[Code], metric: str, source: dict[str, Any]
+    ) -> None:
+        self.codec, self.parts, self.metric, self.source = codec, parts, metric, source
+        self.starts = np.cumsum([0] + [len(part) for part in parts])
+        self._searchers: list[Searcher] | None = None
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} items, {self.bytes_per_item:g} bytes each, by {self.codec.spec}>"
+
+    @property
+    def nbytes(self) -> int:
+        """Payload bytes of all items."""
+        return sum(part.nbytes for part in self.parts)
+
+    @property
+    def bytes_per_item(self) -> float:
+        return self.nbytes / len(self)
+
+    @property
+    def codec_bytes(self) -> int:
+        return self.codec.codec_bytes
+
+    @property
+    def ratio(self) -> float:
+        """Bytes per item of the input, over those of the code."""
+        return float(self.source["bytes_per_item"]) / self.bytes_per_item
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """Decoded vectors in order, (b, d) float32 at a time."""
+        step = rows_per_block(self.codec.dims_)
+        for part in self.parts:
+            for start in range(0, len(part), step):
+                yield self.codec.decode(part.take(slice(start, start + step)))
+
+    def decode(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """(n, d) float32: all items, or the given row numbers."""
+        if rows is None:
+            return np.concatenate(list(self.blocks()))
+        rows = np.asarray(rows, dtype=np.int64)
+        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
+            raise FewbitsError(f"row numbers must be between 0 and {len(self) - 1}")
+        decoded = np.empty((len(rows), self.codec.dims_), dtype=np.float32)
+        owner = np.searchsorted(self.starts, rows, side="right") - 1
+        for number in np.unique(owner):
+            mine = owner == number
+            part = self.parts[number].take(rows[mine] - self.starts[number])
+            decoded[mine] = self.codec.decode(part)
+        return decoded
+
+    def decode_to(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the decoded vectors to an ``.npy`` file, block by block."""
+        path = Path(path)
+        if path.suffix != ".npy":
+            raise FewbitsError(f"decode writes .npy files; name the output {path.stem}.npy")
+        container.refuse_existing(path, overwrite)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        header = {
+            "descr": "<f4",
+            "fortran_order": False,
+            "shape": (len(self), self.codec.dims_),
+        }
+        try:
+            with container.clear_errors(path), open(temporary, "wb") as file:
+                np.lib.format.write_array_header_1_0(file, header)
+                for block in self.blocks():
+                    file.write(np.ascontiguousarray(block, dtype="<f4").data)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def search(self, queries: Any, k: int = 10, *, rescored: bool | Any = False) -> Matches:
+        """Find the best `k` items of each query.
+
+        Parameters
+        ----------
+        queries : (q, d) array, or anything `open_source` opens.
+        rescored : True orders the best 10·k again by float query against decoded item; the
+            original vectors (array or file) order them again exactly.
+
+        Returns
+        -------
+        scores (q, k) float32, best first, and rows (q, k) int64.
+
+        Raises
+        ------
+        FewbitsError
+            Queries of another width, k beyond the collection, or originals that do not fit.
+        """
+        k = check_k(k, len(self))
+        opened = open_source(queries)
+        if (opened.dims, opened.takes) != (self.codec.dims_, self.codec.takes):
+            raise FewbitsError(
+                f"the queries are {opened.takes} of {opened.dims} dimensions, but this "
+                f"collection was encoded from {self.codec.takes} of {self.codec.dims_}"
+            )
+        asked = opened.everything(normalize=self.metric == "cosine")
+        if rescored is False:
+            return self._scan(asked, k)
+        _, rows = self._scan(asked, min(len(self), k * CANDIDATES))
+        return rescore(asked, rows, self._fetcher(rescored), k, self.metric)
+
+    def _scan(self, queries: Any, k: int) -> Matches:
+        if self._searchers is None:
+            self._searchers = [self.codec.searcher(part, self.metric) for part in self.parts]
+        best: Matches | None = None
+        for searcher, part, start in zip(self._searchers, self.parts, self.starts, strict=False):
+            found = searcher.search(queries, min(k, len(part)))
+            best = merge(best, found, int(start), k)
+        assert best is not None
+        return best
+
+    def _fetcher(self, rescored: Any) -> Any:
+        if self.codec.takes == "sets":
+            raise FewbitsError("sets of vectors are rescored with muvera.chamfer_rerank instead")
+        if rescored is True:
+            return self.decode
+        originals = open_source(rescored)
+        if (originals.rows, originals.dims) != (len(self), self.codec.dims_):
+            raise FewbitsError(
+                f"{originals.name} has {originals.rows} × {originals.dims} vectors, but the "
+                f"collection was made from {len(self)} × {self.codec.dims_}"
+            )
+        normalize = self.metric == "cosine"
+        return lambda rows: originals.take(rows, normalize=normalize)
+
+    # -- files ----------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write everything to one ``.fewbits`` file."""
+        names = self.parts[0].arrays
+        shapes = {
+            f"code.{name}": (array.dtype, (len(self), *array.shape[1:]))
+            for name, array in names.items()
+        }
+        learned = pack_state(self.codec)
+        shapes |= {name: (array.dtype, array.shape) for name, array in learned.items()}
+        about = describe_collection(self.codec, self.metric, self.source)
+        with container.Writer(path, "encoded", about, shapes, overwrite=overwrite) as writer:
+            for name, array in learned.items():
+                writer.write(name, array)
+            for part in self.parts:
+                for name, array in part.arrays.items():
+                    writer.write(f"code.{name}", array)
+        return Path(path)
+
+
+def describe_source(source: Source) -> dict[str, Any]:
+    return {
+        "name": source.name,
+        "rows": source.rows,
+        "dims": source.dims,
+        "dtype": source.dtype,
+        "bytes_per_item": source.bytes_per_item,
+    }
+
+
+def describe_collection(codec: Codec, metric: str, source: dict[str, Any]) -> dict[str, Any]:
+    return {"codec": describe(codec), "metric": metric, "source": source}
+
+
+def code_of(arrays: dict[str, np.ndarray], codec: Codec, path: Path) -> Code:
+    """The code among the arrays of a file."""
+    own = {n.removeprefix("code."): a for n, a in arrays.items() if n.startswith("code.")}
+    if not own or not all(array.ndim for array in own.values()):
+        raise FewbitsError(f"{path} holds no code")
+    code = Code(own, codec.full_spec, codec.digest)
+    expected = codec.code_layout()
+    found = {name: (array.dtype.name, array.shape[1:]) for name, array in own.items()}
+    if found != expected:
+        raise FewbitsError(f"{path} is damaged: its code does not fit {codec.spec}")
+    return code
+
+
+def load(path: str | Path) -> Encoded:
+    """Open what `encode` wrote: a ``.fewbits`` file, or a directory of parts.
+
+    Codes are mapped from the file, not read into memory; every digest is checked.
+
+    Raises
+    ------
+    FewbitsError
+        Missing, unreadable, damaged, foreign, of a newer version, or not finished.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FewbitsError(f"there is no file {path}")
+    content = container.read(path / CODEC_FILE if path.is_dir() else path)
+    wanted = "codec" if path.is_dir() else "encoded"
+    if content.kind != wanted:
+        hint = "open its directory instead" if content.kind == "part" else "it holds no items"
+        raise FewbitsError(f"{path} is a {content.kind} file, not an encoded collection; {hint}")
+    codec = from_description(content.about.get("codec"), content.arrays, path)
+    try:
+        metric, source = check_metric(content.about["metric"]), dict(content.about["source"])
+        float(source["bytes_per_item"])
+        names = [str(name) for name in content.about["parts"]] if path.is_dir() else []
+    except (KeyError, TypeError, ValueError):
+        raise FewbitsError(f"{path} is damaged: it does not say what it holds") from None
+    if not path.is_dir():
+        return Encoded(codec, [code_of(content.arrays, codec, path)], metric, source)
+    return Encoded(codec, load_parts(path, len(names), codec), metric, source)
+
+
+def part_file(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:05d}.fewbits"
+
+
+def load_parts(folder: Path, count: int, codec: Codec) -> list[Code]:
+    files = [part_file(folder, number) for number in range(count)]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise FewbitsError(
+            f"{folder} is not finished: {len(missing)} of {count} parts are missing; run the "
+            "same encode command again to go on"
+        )
+    return [load_part(file, number, codec) for number, file in enumerate(files)]
+
+
+def load_part(file: Path, number: int, codec: Codec) -> Code:
+    content = container.read(file)
+    about = content.about
+    if content.kind != "part" or (about.get("codec"), about.get("part")) != (codec.digest, number):
+        raise FewbitsError(f"{file} does not belong to the codec beside it")
+    return code_of(content.arrays, codec, file)

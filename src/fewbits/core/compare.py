@@ -1,0 +1,275 @@
+"""The verb ``compare``: what does each method cost at each size, on these vectors?"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fewbits.core import frontier
+from fewbits.core.catalogue import codecs
+from fewbits.core.codec import Codec, from_spec
+from fewbits.core.errors import FewbitsError
+from fewbits.core.frontier import Point
+from fewbits.core.progress import progress
+from fewbits.core.readers import Source, open_source, read_qrels, sample_rows
+from fewbits.core.search import Matches, check_metric, search_array
+from fewbits.primitives.ragged import Ragged, chamfer
+from fewbits.primitives.retrieval import ndcg, overlap
+
+TARGET = "recall@10"
+CUTS = (1, 10, 100)
+ROWS = 100_000
+FIT_ROWS = 50_000
+QUERIES = 1_000
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The points of a comparison, by rising size.
+
+    Attributes
+    ----------
+    input : what was compared: name, rows, dims, dtype, bytes per item, metric, queries.
+    points : one `Point` per method and setting.
+    left_out : methods that were not run, and why.
+    """
+
+    input: dict[str, Any]
+    points: list[Point]
+    left_out: list[dict[str, str]]
+
+    def cheapest(self, **at_least: float) -> Point:
+        """The smallest point that keeps a quality: ``cheapest(recall_at_10=0.95)``."""
+        if not at_least:
+            raise FewbitsError("say what to keep, for example cheapest(recall_at_10=0.95)")
+        named = {name.replace("_at_", "@"): value for name, value in at_least.items()}
+        return frontier.cheapest(self.points, named)
+
+    def best(self, bytes: float, target: str = TARGET) -> Point:
+        """The best point in `target` of at most so many bytes per item."""
+        return frontier.best(self.points, bytes, target)
+
+    @property
+    def frontier(self) -> list[Point]:
+        """The points that no other beats in both size and quality."""
+        return [point for point in self.points if point.on_frontier]
+
+    def to_json(self) -> dict[str, Any]:
+        points = [point.to_json() for point in self.points]
+        return {"input": self.input, "points": points, "left_out": self.left_out}
+
+    def __str__(self) -> str:
+        from fewbits.core.report import table_text
+
+        return table_text(self.to_json())
+
+    def report(self, folder: str | Path) -> Path:
+        """Write ``report.html``, ``recall.png`` and ``comparison.json``; returns the page."""
+        from fewbits.core.report import write_report
+
+        return write_report(self.to_json(), Path(folder))[0]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Everything the methods are tried on."""
+
+    items: Any
+    queries: Any
+    truth: np.ndarray
+    judged: dict[int, dict[int, float]] | None
+    metric: str
+    bytes_per_item: float
+
+
+def compare(
+    x: Any,
+    queries: Any = None,
+    *,
+    methods: str | Sequence[str] | None = None,
+    qrels: str | Path | None = None,
+    metric: str = "cosine",
+    column: str | None = None,
+    rows: int = ROWS,
+    seed: int = 0,
+    show_progress: bool = False,
+) -> Comparison:
+    """Run every applicable method over a grid of sizes, and measure size, quality and speed.
+
+    Parameters
+    ----------
+    x : vectors (n, d), or sets of vectors; an array or anything `readers.open_source` opens.
+    queries : (q, d), likewise; None holds out rows of `x` (and does not search them).
+    methods : names or spec strings, as a list or joined by commas before a name; None runs all.
+    qrels : file of relevance judgements (`readers.read_qrels`); adds nDCG@10.
+    metric : ``cosine`` (rows and queries are scaled to unit length), ``ip`` or ``l2``.
+    rows : compare on a sample of at most so many rows. Recall falls as collections grow, so
+        figures on a sample are an upper bound.
+    seed : of held-out rows, samples and methods.
+
+    Raises
+    ------
+    FewbitsError
+        Unusable input, unknown methods, or no method that applies.
+    """
+    start = time.perf_counter()
+    source = open_source(x, column=column)
+    trial, about = prepare(source, queries, qrels, check_metric(metric), rows, seed)
+    specs, left_out = plan(methods, source, len(trial.items))
+    points: list[Point] = []
+    with progress("comparing", len(specs), show=show_progress) as bar:
+        for spec in specs:
+            bar.step(spec, 0)
+            try:
+                points.append(measure_point(from_spec(spec), trial, seed))
+            except FewbitsError as error:
+                left_out.append({"method": spec, "why": str(error)})
+            bar.step()
+    if not points:
+        why = left_out[0]["why"] if left_out else "no method takes this kind of input"
+        raise FewbitsError(f"nothing could be compared: {why}")
+    about["seconds"] = round(time.perf_counter() - start, 1)
+    return Comparison(about, frontier.mark_frontier(points, TARGET), left_out)
+
+
+def prepare(
+    source: Source, queries: Any, qrels: Any, metric: str, rows: int, seed: int
+) -> tuple[Trial, dict[str, Any]]:
+    """Sample the items, choose the queries, and search exactly once."""
+    normalize = metric == "cosine"
+    if qrels is not None and (queries is None or source.rows > rows):
+        raise FewbitsError(
+            f"--qrels needs --queries, and a collection of at most --rows {rows} rows"
+        )
+    if queries is not None:
+        kept = sample_rows(source.rows, rows, seed)
+        items = source.take(kept, normalize=normalize)
+        asked = open_queries(queries, source, normalize)
+        origin = "given"
+    else:
+        if source.rows < 20:
+            raise FewbitsError(
+                f"{source.name} has {source.rows} rows, too few to hold some out; pass --queries"
+            )
+        drawn = sample_rows(source.rows, rows, seed)
+        count = min(QUERIES, max(10, len(drawn) // 10))
+        held = np.zeros(len(drawn), dtype=bool)
+        held[np.random.default_rng(seed).choice(len(drawn), count, replace=False)] = True
+        items = source.take(drawn[~held], normalize=normalize)
+        asked = source.take(drawn[held], normalize=normalize)
+        origin = "held-out rows"
+    judged = read_qrels(Path(qrels), len(asked), source.rows) if qrels is not None else None
+    truth = exact(asked, items, min(max(CUTS), len(items)), metric)[1]
+    about = {
+        "name": source.name,
+        "rows": len(items),
+        "rows_in_file": source.rows,
+        "dims": source.dims,
+        "dtype": source.dtype,
+        "bytes_per_item": source.bytes_per_item,
+        "metric": "chamfer" if source.takes == "sets" else metric,
+        "queries": len(asked),
+        "queries_from": origin,
+    }
+    return Trial(items, asked, truth, judged, metric, source.bytes_per_item), about
+
+
+def open_queries(queries: Any, source: Source, normalize: bool) -> Any:
+    """All queries, checked to fit the collection."""
+    opened = open_source(queries)
+    if (opened.dims, opened.takes) != (source.dims, source.takes):
+        raise FewbitsError(
+            f"the queries ({opened.name}) are {opened.takes} of {opened.dims} dimensions, the "
+            f"collection ({source.name}) is {source.takes} of {source.dims}"
+        )
+    return opened.everything(normalize=normalize)
+
+
+def exact(queries: Any, items: Any, k: int, metric: str) -> Matches:
+    """The true best k: by `metric` for vectors, by Chamfer score for sets."""
+    if not isinstance(items, Ragged):
+        return search_array(queries, items, k, metric)
+    scores = chamfer(queries, items)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, axis=1), order
+
+
+def split_methods(methods: str | Sequence[str] | None) -> list[str] | None:
+    """Names and specs from a list, or from one string; options keep their commas."""
+    if methods is None or not isinstance(methods, str):
+        return None if methods is None else list(methods)
+    found: list[str] = []
+    for piece in filter(None, (part.strip() for part in methods.split(","))):
+        # "dims=96" after "pca-rag:center=no" is an option, not a method.
+        is_option = "=" in piece and ":" not in piece.partition("=")[0]
+        if is_option and found:
+            found[-1] += "," + piece
+        else:
+            found.append(piece)
+    return found
+
+
+def plan(
+    methods: str | Sequence[str] | None, source: Source, rows: int
+) -> tuple[list[str], list[dict[str, str]]]:
+    """Spec strings to run, and what is left out for want of an extra."""
+    asked = split_methods(methods)
+    if asked is not None:
+        specs: list[str] = []
+        for text in asked:
+            codec = from_spec(text)
+            plain = ":" not in text and "+" not in text
+            specs += type(codec).grid(source.dims, rows) if plain else [text]
+        return list(dict.fromkeys(specs)), []
+    specs, left_out = [], []
+    for row in codecs("vectors"):
+        if row.missing_packages:
+            why = f"needs {', '.join(row.missing_packages)}; pip install 'fewbits[{row.extra}]'"
+            left_out.append({"method": row.name, "why": why})
+            continue
+        codec_type = row.load()
+        if codec_type.takes == source.takes:
+            specs += codec_type.grid(source.dims, rows)
+    return list(dict.fromkeys(specs)), left_out
+
+
+def measure_point(codec: Codec, trial: Trial, seed: int) -> Point:
+    """Fit, encode and search once, timed."""
+    fit_items = fit_sample(trial.items, seed)
+    fitting = time.perf_counter()
+    codec.fit(fit_items)
+    encoding = time.perf_counter()
+    code = codec.encode(trial.items)
+    encoded = time.perf_counter()
+    searcher = codec.searcher(code, trial.metric)
+    searching = time.perf_counter()
+    _, found = searcher.search(trial.queries, min(max(CUTS), len(code)))
+    searched = time.perf_counter()
+    cuts = [cut for cut in CUTS if cut <= len(code)]
+    quality = {f"recall@{cut}": overlap(found, trial.truth, cut) for cut in cuts}
+    if trial.judged is not None:
+        quality["ndcg@10"] = ndcg(found, trial.judged, 10)
+    return Point(
+        method="+".join(stage.name for stage in codec.stages),
+        spec=codec.spec,
+        bytes_per_item=round(code.bytes_per_item, 3),
+        codec_bytes=codec.codec_bytes,
+        ratio=round(trial.bytes_per_item / code.bytes_per_item, 2),
+        quality={name: round(value, 5) for name, value in quality.items()},
+        fit_seconds=round(encoding - fitting, 3),
+        encode_per_second=round(len(code) / (encoded - encoding), 1),
+        search_per_second=round(len(trial.queries) / (searched - searching), 1),
+    )
+
+
+def fit_sample(items: Any, seed: int) -> Any:
+    """The items to learn from: all, or a sample of bounded size."""
+    rows = sample_rows(len(items), FIT_ROWS, seed)
+    if len(rows) == len(items):
+        return items
+    return items.take(rows) if isinstance(items, Ragged) else items[rows]

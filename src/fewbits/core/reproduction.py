@@ -1,0 +1,80 @@
+"""Reproductions: a paper's headline claim, run on small real data, with a computed verdict."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fewbits.core.catalogue import System, find, installed, systems
+from fewbits.core.errors import FewbitsError
+
+SIZES = ("quick", "small")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What came of running a claim.
+
+    Attributes
+    ----------
+    system : name in the catalogue.
+    claim : the claim in one sentence, as it is tested here.
+    figures : what our implementation reached, by name.
+    baselines : what the paper's baselines reached on the same data at equal size.
+    holds : whether the claim holds, computed from the figures.
+    reason : why it does not hold, where it does not; otherwise anything worth knowing.
+    data : what it was run on.
+    seconds : how long it took.
+    """
+
+    system: str
+    claim: str
+    figures: dict[str, float]
+    baselines: dict[str, float]
+    holds: bool
+    reason: str = ""
+    data: str = ""
+    seconds: float = 0.0
+    details: list[dict[str, Any]] = field(default_factory=list)
+    """Rows of the full table, where there is one."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def module_of(row: System) -> str:
+    room, file = row.module.split(".")[1:3]
+    return f"fewbits.reproductions.{room}.{file}"
+
+
+def available() -> list[str]:
+    """Systems whose claim can be run."""
+    return [row.name for row in systems() if installed(module_of(row))]
+
+
+def reproduce(name: str, size: str = "small") -> Reproduction:
+    """Run the headline claim of a system.
+
+    Parameters
+    ----------
+    size : ``small`` is the real run (minutes); ``quick`` checks that it works (seconds).
+
+    Raises
+    ------
+    FewbitsError
+        Unknown name or size, no reproduction, or a missing extra.
+    """
+    row = find(name)
+    if size not in SIZES:
+        raise FewbitsError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
+    if not installed(module_of(row)):
+        known = ", ".join(available()) or "none yet"
+        raise FewbitsError(f"{name} has no reproduction; there is one for: {known}")
+    row.load()
+    run: Callable[..., Reproduction] = importlib.import_module(module_of(row)).run
+    start = time.perf_counter()
+    result = run(size=size)
+    return Reproduction(**{**result.__dict__, "seconds": round(time.perf_counter() - start, 1)})

@@ -1,0 +1,1 @@
+"""Shared bricks; no paper names in here."""

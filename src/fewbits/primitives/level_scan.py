@@ -1,0 +1,85 @@
+"""Search over packed scalar codes without decoding them.
+
+A row holds d whole numbers n_j of b bits, each standing for levels[n_j]. A byte or half byte
+of the packed row is then one of 256 or 16 known short vectors: exactly a product quantizer
+whose codebook is a grid. faiss's table-lookup kernels scan such rows as they lie.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from typing import Any
+
+import numpy as np
+
+from fewbits.primitives.bits import packed_width, unpack
+
+OVERSAMPLE = 4
+"""The coarse scan keeps this many times k candidates (and 64 more) for exact scoring."""
+
+
+def grid_index(packed: np.ndarray, dims: int, bits: int, levels: np.ndarray) -> Any:
+    """A faiss index over packed rows of `dims` numbers of `bits` (1, 2 or 4) bits: half bytes."""
+    faiss: Any = importlib.import_module("faiss")  # its stubs know one constructor of several
+    each = 4 // bits
+    points = np.array(list(itertools.product(levels, repeat=each)), dtype=np.float32)[:, ::-1]
+    plain = faiss.IndexPQ(dims, dims // each, 4, faiss.METRIC_INNER_PRODUCT)
+    faiss.copy_array_to_vector(np.tile(points.ravel(), dims // each), plain.pq.centroids)
+    plain.is_trained = True
+    plain.add_sa_codes(np.ascontiguousarray(packed))
+    return faiss.IndexPQFastScan(plain)
+
+
+class LevelScan:
+    """Inner-product search over packed codes; scores are exact for the rows returned.
+
+    Parameters
+    ----------
+    packed : (n, ceil(dims·bits/8)) uint8, as `bits.pack` makes them.
+    dims, bits : numbers per row, and bits per number (1, 2 or 4).
+    levels : (2^bits,) float32, what each number stands for.
+    scale : (n,) factor of each row's score, or None for 1.
+    """
+
+    def __init__(
+        self,
+        packed: np.ndarray,
+        dims: int,
+        bits: int,
+        levels: np.ndarray,
+        scale: np.ndarray | None = None,
+    ) -> None:
+        self.packed, self.dims, self.bits, self.levels, self.scale = (
+            packed,
+            dims,
+            bits,
+            levels,
+            scale,
+        )
+        self.padded = packed_width(dims, bits) * 8 // bits
+        self.index = grid_index(packed, self.padded, bits, levels)
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores (q, k) float32 and rows (q, k) int64, best first. O(q·n·dims·bits/4) look-ups."""
+        keep = min(OVERSAMPLE * k + 64, len(self.packed))
+        padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
+        _, rows = self.index.search(np.ascontiguousarray(padded, dtype=np.float32), keep)
+        scores = np.concatenate(
+            [self.score(queries[s : s + 64], rows[s : s + 64]) for s in range(0, len(rows), 64)]
+        )
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return (
+            np.take_along_axis(scores, order, axis=1),
+            np.take_along_axis(rows, order, axis=1).astype(np.int64),
+        )
+
+    def score(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Exact scores (q, c) of the candidate rows of each query; -inf for row -1."""
+        numbers = unpack(self.packed[np.maximum(rows, 0).ravel()], self.dims, self.bits)
+        values = self.levels[numbers].reshape(*rows.shape, self.dims)
+        scores = np.einsum("qd,qcd->qc", queries, values)
+        if self.scale is not None:
+            scores *= self.scale[np.maximum(rows, 0)]
+        scores[rows < 0] = -np.inf
+        return np.asarray(scores, dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Runnable headline claims; mirrors the rooms."""

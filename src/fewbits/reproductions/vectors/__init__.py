@@ -1,0 +1,1 @@
+"""Headline claims of the room vectors."""
