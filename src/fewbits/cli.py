@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.run(options)
         sys.stdout.flush()
     except FewbitsError as error:
-        print(f"fewbits: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fewbits: {one_line(error)}", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # The reader of our output has left; nothing more to say, not even at exit.
@@ -36,14 +36,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except OSError as error:
         what = f"{error.filename}: " if error.filename else ""
-        print(f"fewbits: {what}{error.strerror or error}", file=sys.stderr)
+        print(f"fewbits: {one_line(f'{what}{error.strerror or error}')}", file=sys.stderr)
         return 2
     except MemoryError:
         print("fewbits: out of memory; try a smaller --rows or fewer queries", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(
-            "fewbits: interrupted; finished parts are kept, run it again to go on", file=sys.stderr
+            "fewbits: interrupted; finished parts of a directory are kept, run it again to go on",
+            file=sys.stderr,
         )
         return 130
     return 0
@@ -117,7 +118,9 @@ def run_search(options: argparse.Namespace) -> None:
 
     encoded = load(options.codes)
     rescored = {None: False, "": True}.get(options.rescore, options.rescore)
-    scores, rows = encoded.search(options.queries, options.k, rescored=rescored)
+    scores, rows = encoded.search(
+        options.queries, options.k, rescored=rescored, column=options.column
+    )
     if options.json:
         for one_scores, one_rows in zip(scores.tolist(), rows.tolist(), strict=True):
             print(json.dumps({"rows": one_rows, "scores": one_scores}))
@@ -143,12 +146,16 @@ def run_info(options: argparse.Namespace) -> None:
 
 
 def run_systems(options: argparse.Namespace) -> None:
-    from fewbits.core.catalogue import opponents, systems
+    from fewbits.core.catalogue import opponents, own, systems
 
-    papers = [vars(row) | {"status": row.status, "opponent": False} for row in systems()]
-    others = [vars(row) | {"status": row.status, "opponent": True} for row in opponents()]
+    groups = {"paper": systems(), "own": own(), "opponent": opponents()}
+    rows = [
+        vars(row) | {"status": row.status, "group": group}
+        for group, members in groups.items()
+        for row in members
+    ]
     if options.json:
-        print_json(papers + others)
+        print_json(rows)
         return
     from rich.console import Console
     from rich.table import Table
@@ -156,11 +163,14 @@ def run_systems(options: argparse.Namespace) -> None:
     table = Table(box=None, pad_edge=False)
     for heading in ("room", "name", "status", "what it does"):
         table.add_column(heading, no_wrap=heading != "what it does")
-    for row in papers + others:
+    for row in rows:
         table.add_row(row["room"], row["name"], row["status"], row["summary"])
     Console().print(table)
-    here = sum(row["status"] != "planned" for row in papers)
-    print(f"{here} of {len(papers)} systems are here, and {len(others)} codecs to compare with.")
+    here = sum(row["group"] == "paper" and row["status"] != "planned" for row in rows)
+    print(
+        f"{here} of {len(groups['paper'])} papers are here, {len(groups['own'])} codec of our own, "
+        f"and {len(groups['opponent'])} established ones to compare with."
+    )
 
 
 def run_reproduce(options: argparse.Namespace) -> None:
@@ -185,6 +195,12 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 # -- printing ------------------------------------------------------------------------------
+
+
+def one_line(text: object) -> str:
+    """For the terminal: one line, and nothing in it that could steer the terminal."""
+    line = " ".join(str(text).split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
 def print_json(value: Any) -> None:
@@ -229,7 +245,10 @@ def default_output(file: str) -> Path:
         return Path("stdin.fewbits")
     if file.startswith("example:"):
         return Path(file.removeprefix("example:") + ".fewbits")
-    return Path(file.rstrip("/")).with_suffix(".fewbits")
+    path = Path(file)
+    if path.name in ("", ".."):
+        raise FewbitsError(f"{file} has no name to call the output by; pass --output")
+    return path.with_name((path.name if path.is_dir() else path.stem) + ".fewbits")
 
 
 def parse_keep(text: str) -> dict[str, float]:
@@ -303,6 +322,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="ORIGINALS",
         help="order the best 10·k again, by decoded items or by the original vectors if given",
     )
+    made.add_argument("--column", help="column or array of queries, where there are several")
     made.add_argument("--json", action="store_true", help="one JSON object per query")
 
     made = command("info", run_info, "what is in a .fewbits file or directory?")

@@ -74,12 +74,15 @@ def test_known_numbers_are_right() -> None:
 @each_row
 def test_row_is_well_formed(row: System) -> None:
     assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", row.name)
-    assert row.title and row.title == row.title.strip() and "  " not in row.title
+    assert row.title
+    assert row.title == row.title.strip()
+    assert "  " not in row.title
     assert row.arxiv == "" or re.fullmatch(r"\d\d(0[1-9]|1[0-2])\.\d{4,5}", row.arxiv)
     assert row.room in ROOMS
     assert row.kind in KINDS
     assert row.extra in EXTRAS
-    assert 0 < len(row.summary) <= 90 and row.summary.endswith(".")
+    assert 0 < len(row.summary) <= 90
+    assert row.summary.endswith(".")
     assert row.summary.isprintable()
 
 

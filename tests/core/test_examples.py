@@ -30,12 +30,16 @@ def encoder() -> TextEncoder:
 
 def test_python_docs_has_aligned_unit_rows(docs: Example) -> None:
     rows, questions = len(docs.texts), len(docs.query_texts)
-    assert docs.vectors.shape == (rows, 384) and docs.vectors.dtype == np.float32
-    assert docs.queries.shape == (questions, 384) and docs.queries.dtype == np.float32
-    assert docs.answers.shape == (questions,) and docs.answers.dtype == np.int32
+    assert docs.vectors.shape == (rows, 384)
+    assert docs.vectors.dtype == np.float32
+    assert docs.queries.shape == (questions, 384)
+    assert docs.queries.dtype == np.float32
+    assert docs.answers.shape == (questions,)
+    assert docs.answers.dtype == np.int32
     for vectors in (docs.vectors, docs.queries):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-3)
-    assert 3000 < rows < 5000 and len(set(docs.ids)) == len(docs.ids) == rows
+    assert 3000 < rows < 5000
+    assert len(set(docs.ids)) == len(docs.ids) == rows
 
 
 def test_python_docs_texts_are_distinct_and_of_sensible_length(docs: Example) -> None:
@@ -51,7 +55,8 @@ def test_python_docs_queries_are_held_out(docs: Example) -> None:
         if answer >= 0:
             assert docs.ids[answer].rsplit(".", 1)[-1].lower() not in query.lower().split()
     known = docs.answers[docs.answers >= 0]
-    assert 300 <= len(known) <= 500 and len(set(known)) == len(known)
+    assert 300 <= len(known) <= 500
+    assert len(set(known)) == len(known)
     assert np.sum(docs.answers == -1) == 12
 
 
@@ -161,7 +166,8 @@ def test_tokens_are_the_inner_hidden_states(encoder: TextEncoder) -> None:
     import torch
 
     flat, offsets = encoder.tokens(TEXTS, max_tokens=5, batch_size=3)
-    assert flat.dtype == np.float32 and offsets.dtype == np.int64
+    assert flat.dtype == np.float32
+    assert offsets.dtype == np.int64
     # "Open a file for reading" is cut to 5 tokens, the empty text is read as a full stop.
     np.testing.assert_array_equal(np.diff(offsets), [5, 1, 1, 5])
     np.testing.assert_allclose(np.linalg.norm(flat, axis=1), 1, atol=1e-5)
@@ -174,12 +180,14 @@ def test_tokens_are_the_inner_hidden_states(encoder: TextEncoder) -> None:
 def test_no_texts_give_no_vectors(encoder: TextEncoder) -> None:
     assert encoder.sentences([]).shape == (0, 384)
     flat, offsets = encoder.tokens([], max_tokens=4)
-    assert flat.shape == (0, 384) and offsets.tolist() == [0]
+    assert flat.shape == (0, 384)
+    assert offsets.tolist() == [0]
 
 
 def test_key_changes_with_texts_and_settings(encoder: TextEncoder) -> None:
     keys = {encoder.key(["ab"]), encoder.key(["a", "b"]), encoder.key(["ab"], 8)}
-    assert len(keys) == 3 and encoder.key(["ab"]) in keys
+    assert len(keys) == 3
+    assert encoder.key(["ab"]) in keys
 
 
 def test_encoder_says_what_is_wrong(encoder: TextEncoder, tmp_path: Path) -> None:

@@ -112,6 +112,18 @@ def opponents() -> tuple[System, ...]:
     return OPPONENTS
 
 
+def own() -> tuple[System, ...]:
+    """Codecs of our own, beside the papers."""
+    from fewbits.core.catalogue_rows import OWN
+
+    return OWN
+
+
+def everything() -> tuple[System, ...]:
+    """All rows: opponents, our own, and the papers."""
+    return (*opponents(), *own(), *systems())
+
+
 def find(name: str) -> System:
     """The row of a system or opponent.
 
@@ -120,7 +132,7 @@ def find(name: str) -> System:
     FewbitsError
         No such name; the message has the nearest one.
     """
-    rows = {row.name: row for row in (*systems(), *opponents())}
+    rows = {row.name: row for row in everything()}
     if name in rows:
         return rows[name]
     near = difflib.get_close_matches(name, rows, n=1)
@@ -141,5 +153,5 @@ def codec_class(name: str) -> type[Codec]:
 
 def codecs(room: str) -> list[System]:
     """All codec rows of a room that are part of this version, opponents first."""
-    rows = [row for row in (*opponents(), *systems()) if row.room == room and row.kind == "codec"]
+    rows = [row for row in everything() if row.room == room and row.kind == "codec"]
     return [row for row in rows if row.status != "planned"]

@@ -434,4 +434,11 @@ OPPONENTS: tuple[System, ...] = (
            "Sign bits of random projections (Charikar, 2002).",
            "fewbits.vectors.baselines:LSH"),
 )
+
+OWN: tuple[System, ...] = (
+    System("additive-bits", "Additive bits: our own",
+           "", "vectors", "codec",
+           "Sums of signed directions, found by ridge regression and flipping of bits.",
+           "fewbits.vectors.additive_bits:AdditiveBits"),
+)
 # fmt: on

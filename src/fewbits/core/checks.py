@@ -12,11 +12,14 @@ from fewbits.primitives.ragged import Ragged
 NUMBERS = ("float16", "float32", "float64", "int8", "uint8")
 
 
-def check_vectors(x: Any, *, first_row: int = 0, what: str = "the input") -> np.ndarray:
+def check_vectors(
+    x: Any, *, first_row: int = 0, rows: np.ndarray | None = None, what: str = "the input"
+) -> np.ndarray:
     """`x` as a C-contiguous float32 (n, d) array with n, d ≥ 1 and finite values.
 
     Accepts NumPy arrays and array-likes (torch tensors on the CPU) of float16/32/64, int8 or
-    uint8. `first_row` is added to row numbers in messages, for input that comes in blocks.
+    uint8. For messages about input that comes in pieces, `rows` are the numbers of its rows,
+    or else `first_row` is the number of the first.
 
     Raises
     ------
@@ -38,7 +41,7 @@ def check_vectors(x: Any, *, first_row: int = 0, what: str = "the input") -> np.
     if not np.isfinite(x.sum(dtype=np.float64)):
         bad = ~np.isfinite(x).all(axis=1)
         if bad.any():
-            row = int(np.argmax(bad)) + first_row
+            row = row_number(int(np.argmax(bad)), first_row, rows)
             raise FewbitsError(
                 f"row {row} of {what} has NaN, infinity or a value beyond float32; "
                 "repair or drop such rows first"
@@ -46,45 +49,79 @@ def check_vectors(x: Any, *, first_row: int = 0, what: str = "the input") -> np.
     return x
 
 
-def check_ragged(x: Any, *, what: str = "the input") -> Ragged:
+def row_number(place: int, first_row: int, rows: np.ndarray | None) -> int:
+    """What to call the row at `place` of a piece of the input."""
+    return place + first_row if rows is None else int(rows[place])
+
+
+def as_ragged(x: Any, what: str = "the input") -> Ragged:
+    """`x` as a `Ragged` of at least one set; a list of (t_i, d) arrays is joined.
+
+    Raises
+    ------
+    FewbitsError
+        Not sets of vectors, no sets, an empty set, sets of different widths.
+    """
+    if not isinstance(x, Ragged):
+        if not (isinstance(x, (list, tuple)) or (isinstance(x, np.ndarray) and x.ndim == 3)):
+            raise FewbitsError(
+                f"{what} must be sets of vectors: a list of (t, d) arrays, or flat and offsets"
+            )
+        sets = [np.asarray(item) for item in x]
+        for number, item in enumerate(sets):
+            if item.ndim != 2 or item.shape[1] != sets[0].shape[1]:
+                raise FewbitsError(
+                    f"{what}: set {number} has shape {item.shape}; "
+                    "every set must be a (t, d) array with the same d"
+                )
+            if len(item) == 0:
+                raise FewbitsError(f"{what}: set {number} is empty; every set needs a vector")
+        x = Ragged.from_sets(sets) if sets else Ragged(np.empty((0, 0)), np.zeros(1))
+    if len(x) == 0:
+        raise FewbitsError(f"{what} is empty: no sets of vectors")
+    return x
+
+
+def check_ragged(x: Any, *, rows: np.ndarray | None = None, what: str = "the input") -> Ragged:
     """`x` as a `Ragged` of finite float32 vectors; a list of (t_i, d) arrays is joined.
+
+    `rows` are the numbers of its sets in messages, for input that comes in pieces.
 
     Raises
     ------
     FewbitsError
         Not sets of vectors, an empty set, NaN or infinity.
     """
-    if not isinstance(x, Ragged):
-        if isinstance(x, np.ndarray) and x.ndim == 3:
-            x = list(x)
-        if not isinstance(x, (list, tuple)) or not x:
-            raise FewbitsError(
-                f"{what} must be sets of vectors: a list of (t, d) arrays, or flat and offsets"
-            )
-        try:
-            x = Ragged.from_sets([np.asarray(item) for item in x])
-        except ValueError as error:
-            raise FewbitsError(f"{what}: {error}") from None
-    if len(x) == 0:
-        raise FewbitsError(f"{what} is empty: no sets of vectors")
-    return x.with_flat(check_vectors(x.flat, what=what))
+    x = as_ragged(x, what)
+    numbers = x.owner if rows is None else rows[x.owner]
+    return x.with_flat(check_vectors(x.flat, rows=numbers, what=what))
 
 
-def unit_rows(x: np.ndarray, *, first_row: int = 0, what: str = "the input") -> np.ndarray:
-    """Rows of (n, d) divided by their length.
+def unit_rows(
+    x: np.ndarray,
+    *,
+    first_row: int = 0,
+    rows: np.ndarray | None = None,
+    what: str = "the input",
+) -> np.ndarray:
+    """Rows of (n, d) float32 divided by their length, whatever their scale.
+
+    `first_row` and `rows` are those of `check_vectors`.
 
     Raises
     ------
     FewbitsError
         A row is all zeros, so it has no direction.
     """
-    norms = np.linalg.norm(x, axis=1, keepdims=True)
+    # In float64, because squares leave the range of float32 long before the values do.
+    norms = np.sqrt(np.einsum("nd,nd->n", x, x, dtype=np.float64))
     if not norms.all():
-        row = int(np.argmin(norms[:, 0] != 0)) + first_row
+        row = row_number(int(np.argmin(norms != 0)), first_row, rows)
         raise FewbitsError(
             f"row {row} of {what} is all zeros and has no cosine; drop it, or use --metric ip"
         )
-    return np.asarray(x / norms, dtype=np.float32)
+    unit = np.empty(x.shape, dtype=np.float32)
+    return np.divide(x, norms[:, None], out=unit, casting="same_kind")
 
 
 def check_k(k: int, rows: int) -> int:
@@ -94,3 +131,10 @@ def check_k(k: int, rows: int) -> int:
     if k > rows:
         raise FewbitsError(f"k is {k}, but the collection has only {rows} rows; ask for fewer")
     return int(k)
+
+
+def check_seed(seed: int) -> int:
+    """`seed` if it is one: a whole number, not negative."""
+    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
+        raise FewbitsError(f"the seed must be a whole number of at least 0, not {seed!r}")
+    return int(seed)

@@ -17,11 +17,11 @@ from fewbits.core.codec import (
     describe,
     from_description,
     pack_state,
-    rows_per_block,
 )
 from fewbits.core.errors import FewbitsError
-from fewbits.core.readers import Source, open_source
+from fewbits.core.readers import open_queries
 from fewbits.core.search import Matches, Searcher, check_metric, merge, rescore
+from fewbits.core.source import BLOCK_BYTES, Source
 
 CODEC_FILE = "codec.fewbits"
 CANDIDATES = 10
@@ -72,7 +72,7 @@ class Encoded:
 
     def blocks(self) -> Iterator[np.ndarray]:
         """Decoded vectors in order, (b, d) float32 at a time."""
-        step = rows_per_block(self.codec.dims_)
+        step = max(1, BLOCK_BYTES // (4 * self.codec.dims_))
         for part in self.parts:
             for start in range(0, len(part), step):
                 yield self.codec.decode(part.take(slice(start, start + step)))
@@ -116,7 +116,14 @@ class Encoded:
             temporary.unlink(missing_ok=True)
         return path
 
-    def search(self, queries: Any, k: int = 10, *, rescored: bool | Any = False) -> Matches:
+    def search(
+        self,
+        queries: Any,
+        k: int = 10,
+        *,
+        rescored: bool | Any = False,
+        column: str | None = None,
+    ) -> Matches:
         """Find the best `k` items of each query.
 
         Parameters
@@ -124,6 +131,7 @@ class Encoded:
         queries : (q, d) array, or anything `open_source` opens.
         rescored : True orders the best 10·k again by float query against decoded item; the
             original vectors (array or file) order them again exactly.
+        column : array or column to read, where the queries or the originals have several.
 
         Returns
         -------
@@ -135,7 +143,7 @@ class Encoded:
             Queries of another width, k beyond the collection, or originals that do not fit.
         """
         k = check_k(k, len(self))
-        opened = open_source(queries)
+        opened = open_queries(queries, column)
         if (opened.dims, opened.takes) != (self.codec.dims_, self.codec.takes):
             raise FewbitsError(
                 f"the queries are {opened.takes} of {opened.dims} dimensions, but this "
@@ -145,7 +153,7 @@ class Encoded:
         if rescored is False:
             return self._scan(asked, k)
         _, rows = self._scan(asked, min(len(self), k * CANDIDATES))
-        return rescore(asked, rows, self._fetcher(rescored), k, self.metric)
+        return rescore(asked, rows, self._fetcher(rescored, column), k, self.metric)
 
     def _scan(self, queries: Any, k: int) -> Matches:
         if self._searchers is None:
@@ -157,12 +165,12 @@ class Encoded:
         assert best is not None
         return best
 
-    def _fetcher(self, rescored: Any) -> Any:
+    def _fetcher(self, rescored: Any, column: str | None) -> Any:
         if self.codec.takes == "sets":
             raise FewbitsError("sets of vectors are rescored with muvera.chamfer_rerank instead")
         if rescored is True:
             return self.decode
-        originals = open_source(rescored)
+        originals = open_queries(rescored, column)
         if (originals.rows, originals.dims) != (len(self), self.codec.dims_):
             raise FewbitsError(
                 f"{originals.name} has {originals.rows} × {originals.dims} vectors, but the "
@@ -209,7 +217,7 @@ def describe_collection(codec: Codec, metric: str, source: dict[str, Any]) -> di
 def code_of(arrays: dict[str, np.ndarray], codec: Codec, path: Path) -> Code:
     """The code among the arrays of a file."""
     own = {n.removeprefix("code."): a for n, a in arrays.items() if n.startswith("code.")}
-    if not own or not all(array.ndim for array in own.values()):
+    if not own or not all(array.ndim and len(array) for array in own.values()):
         raise FewbitsError(f"{path} holds no code")
     code = Code(own, codec.full_spec, codec.digest)
     expected = codec.code_layout()
@@ -240,7 +248,8 @@ def load(path: str | Path) -> Encoded:
     codec = from_description(content.about.get("codec"), content.arrays, path)
     try:
         metric, source = check_metric(content.about["metric"]), dict(content.about["source"])
-        float(source["bytes_per_item"])
+        if not (str(source["name"]) and float(source["bytes_per_item"]) > 0):
+            raise ValueError
         names = [str(name) for name in content.about["parts"]] if path.is_dir() else []
     except (KeyError, TypeError, ValueError):
         raise FewbitsError(f"{path} is damaged: it does not say what it holds") from None

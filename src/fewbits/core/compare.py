@@ -12,20 +12,25 @@ import numpy as np
 
 from fewbits.core import frontier
 from fewbits.core.catalogue import codecs
+from fewbits.core.checks import check_seed
 from fewbits.core.codec import Codec, from_spec
 from fewbits.core.errors import FewbitsError
 from fewbits.core.frontier import Point
 from fewbits.core.progress import progress
-from fewbits.core.readers import Source, open_source, read_qrels, sample_rows
+from fewbits.core.readers import open_queries, open_source, read_qrels
 from fewbits.core.search import Matches, check_metric, search_array
+from fewbits.core.source import Source, sample_rows
 from fewbits.primitives.ragged import Ragged, chamfer
 from fewbits.primitives.retrieval import ndcg, overlap
 
 TARGET = "recall@10"
 CUTS = (1, 10, 100)
+"""k of recall@k, as far as the collection goes."""
 ROWS = 100_000
 FIT_ROWS = 50_000
 QUERIES = 1_000
+LEAST_ROWS = 20
+"""Fewer rows are not split into items and queries."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +110,14 @@ def compare(
     ----------
     x : vectors (n, d), or sets of vectors; an array or anything `readers.open_source` opens.
     queries : (q, d), likewise; None holds out rows of `x` (and does not search them).
-    methods : names or spec strings, as a list or joined by commas before a name; None runs all.
+    methods : names or spec strings, as a list or joined by commas; a name alone stands for its
+        whole grid of settings. None runs all.
     qrels : file of relevance judgements (`readers.read_qrels`); adds nDCG@10.
     metric : ``cosine`` (rows and queries are scaled to unit length), ``ip`` or ``l2``.
     rows : compare on a sample of at most so many rows. Recall falls as collections grow, so
         figures on a sample are an upper bound.
-    seed : of held-out rows, samples and methods.
+    column : array or column to read, where there are several; in the queries too.
+    seed : of held-out rows and samples; the seed of a method is an option of its spec.
 
     Raises
     ------
@@ -118,9 +125,13 @@ def compare(
         Unusable input, unknown methods, or no method that applies.
     """
     start = time.perf_counter()
+    check_metric(metric)
+    check_seed(seed)
+    asked = parse_methods(methods)
     source = open_source(x, column=column)
-    trial, about = prepare(source, queries, qrels, check_metric(metric), rows, seed)
-    specs, left_out = plan(methods, source, len(trial.items))
+    queries = None if queries is None else open_queries(queries, column)
+    trial, about = prepare(source, queries, qrels, metric, rows, seed)
+    specs, left_out = plan(asked, source, len(trial.items))
     points: list[Point] = []
     with progress("comparing", len(specs), show=show_progress) as bar:
         for spec in specs:
@@ -134,11 +145,12 @@ def compare(
         why = left_out[0]["why"] if left_out else "no method takes this kind of input"
         raise FewbitsError(f"nothing could be compared: {why}")
     about["seconds"] = round(time.perf_counter() - start, 1)
-    return Comparison(about, frontier.mark_frontier(points, TARGET), left_out)
+    target = TARGET if TARGET in points[0].quality else f"recall@{CUTS[0]}"
+    return Comparison(about, frontier.mark_frontier(points, target), left_out)
 
 
 def prepare(
-    source: Source, queries: Any, qrels: Any, metric: str, rows: int, seed: int
+    source: Source, queries: Source | None, qrels: Any, metric: str, rows: int, seed: int
 ) -> tuple[Trial, dict[str, Any]]:
     """Sample the items, choose the queries, and search exactly once."""
     normalize = metric == "cosine"
@@ -146,23 +158,15 @@ def prepare(
         raise FewbitsError(
             f"--qrels needs --queries, and a collection of at most --rows {rows} rows"
         )
+    drawn = sample_rows(source.rows, rows, seed)
     if queries is not None:
-        kept = sample_rows(source.rows, rows, seed)
-        items = source.take(kept, normalize=normalize)
-        asked = open_queries(queries, source, normalize)
-        origin = "given"
+        check_queries(queries, source)
+        items = source.take(drawn, normalize=normalize)
+        asked = queries.everything(normalize=normalize)
     else:
-        if source.rows < 20:
-            raise FewbitsError(
-                f"{source.name} has {source.rows} rows, too few to hold some out; pass --queries"
-            )
-        drawn = sample_rows(source.rows, rows, seed)
-        count = min(QUERIES, max(10, len(drawn) // 10))
-        held = np.zeros(len(drawn), dtype=bool)
-        held[np.random.default_rng(seed).choice(len(drawn), count, replace=False)] = True
+        held = hold_out(source, len(drawn), seed)
         items = source.take(drawn[~held], normalize=normalize)
         asked = source.take(drawn[held], normalize=normalize)
-        origin = "held-out rows"
     judged = read_qrels(Path(qrels), len(asked), source.rows) if qrels is not None else None
     truth = exact(asked, items, min(max(CUTS), len(items)), metric)[1]
     about = {
@@ -174,20 +178,29 @@ def prepare(
         "bytes_per_item": source.bytes_per_item,
         "metric": "chamfer" if source.takes == "sets" else metric,
         "queries": len(asked),
-        "queries_from": origin,
+        "queries_from": "held-out rows" if queries is None else "given",
     }
     return Trial(items, asked, truth, judged, metric, source.bytes_per_item), about
 
 
-def open_queries(queries: Any, source: Source, normalize: bool) -> Any:
-    """All queries, checked to fit the collection."""
-    opened = open_source(queries)
-    if (opened.dims, opened.takes) != (source.dims, source.takes):
+def check_queries(queries: Source, source: Source) -> None:
+    if (queries.dims, queries.takes) != (source.dims, source.takes):
         raise FewbitsError(
-            f"the queries ({opened.name}) are {opened.takes} of {opened.dims} dimensions, the "
+            f"the queries ({queries.name}) are {queries.takes} of {queries.dims} dimensions, the "
             f"collection ({source.name}) is {source.takes} of {source.dims}"
         )
-    return opened.everything(normalize=normalize)
+
+
+def hold_out(source: Source, rows: int, seed: int) -> np.ndarray:
+    """(rows,) bool: which of the rows drawn from a source are its queries."""
+    if rows < LEAST_ROWS:
+        raise FewbitsError(
+            f"{rows} rows of {source.name} are too few to hold some out; pass --queries"
+        )
+    count = min(QUERIES, max(10, rows // 10))
+    held = np.zeros(rows, dtype=bool)
+    held[np.random.default_rng(seed).choice(rows, count, replace=False)] = True
+    return held
 
 
 def exact(queries: Any, items: Any, k: int, metric: str) -> Matches:
@@ -199,10 +212,8 @@ def exact(queries: Any, items: Any, k: int, metric: str) -> Matches:
     return np.take_along_axis(scores, order, axis=1), order
 
 
-def split_methods(methods: str | Sequence[str] | None) -> list[str] | None:
-    """Names and specs from a list, or from one string; options keep their commas."""
-    if methods is None or not isinstance(methods, str):
-        return None if methods is None else list(methods)
+def split_methods(methods: str) -> list[str]:
+    """Names and specs of one string; the commas between options stay."""
     found: list[str] = []
     for piece in filter(None, (part.strip() for part in methods.split(","))):
         # "dims=96" after "pca-rag:center=no" is an option, not a method.
@@ -214,27 +225,41 @@ def split_methods(methods: str | Sequence[str] | None) -> list[str] | None:
     return found
 
 
+def parse_methods(methods: str | Sequence[str] | None) -> dict[str, Codec] | None:
+    """What was asked for, and an unfitted codec of each; None when nothing was."""
+    if methods is None:
+        return None
+    asked = split_methods(methods) if isinstance(methods, str) else methods
+    if not asked:
+        raise FewbitsError("no methods are named; `fewbits systems` lists the names")
+    return {text: from_spec(text) for text in asked}
+
+
 def plan(
-    methods: str | Sequence[str] | None, source: Source, rows: int
+    asked: dict[str, Codec] | None, source: Source, rows: int
 ) -> tuple[list[str], list[dict[str, str]]]:
-    """Spec strings to run, and what is left out for want of an extra."""
-    asked = split_methods(methods)
+    """Spec strings to run, and what is left out and why."""
+    specs: list[str] = []
     if asked is not None:
-        specs: list[str] = []
-        for text in asked:
-            codec = from_spec(text)
+        for text, codec in asked.items():
             plain = ":" not in text and "+" not in text
-            specs += type(codec).grid(source.dims, rows) if plain else [text]
+            # Where the grid has nothing, the method itself says why when it is run.
+            specs += (type(codec).grid(source.dims, rows) if plain else []) or [text]
         return list(dict.fromkeys(specs)), []
-    specs, left_out = [], []
+    left_out = []
     for row in codecs("vectors"):
         if row.missing_packages:
             why = f"needs {', '.join(row.missing_packages)}; pip install 'fewbits[{row.extra}]'"
             left_out.append({"method": row.name, "why": why})
             continue
         codec_type = row.load()
-        if codec_type.takes == source.takes:
-            specs += codec_type.grid(source.dims, rows)
+        if codec_type.takes != source.takes:
+            continue
+        grid = codec_type.grid(source.dims, rows)
+        specs += grid
+        if not grid:
+            why = f"nothing to choose for {rows} rows of {source.dims} dimensions"
+            left_out.append({"method": row.name, "why": why})
     return list(dict.fromkeys(specs)), left_out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,24 @@ from typing import Any
 import numpy as np
 
 from fewbits.core import container
+from fewbits.core.checks import check_seed
 from fewbits.core.code import join
 from fewbits.core.codec import Codec, from_description, from_spec, pack_state
 from fewbits.core.collection import (
     CODEC_FILE,
     Encoded,
-    code_of,
     describe_collection,
     describe_source,
     load,
+    load_part,
     part_file,
 )
-from fewbits.core.compare import FIT_ROWS, TARGET, compare
+from fewbits.core.compare import CUTS, FIT_ROWS, TARGET, compare
 from fewbits.core.errors import FewbitsError
 from fewbits.core.progress import Steps, progress
-from fewbits.core.readers import Source, open_source
+from fewbits.core.readers import open_source
 from fewbits.core.search import check_metric
+from fewbits.core.source import Source
 
 FIT_BYTES = 192 * 2**20
 """A codec is learned from a sample of at most so many float bytes."""
@@ -57,11 +60,13 @@ def encode(
     x : vectors (n, d) or sets of vectors: an array, or anything `readers.open_source` opens.
     output : ``.fewbits`` file to write, or a directory of parts when `x` is a directory of
         shards. A directory left unfinished is gone on with. None keeps the codes in memory.
-    method : spec string, or a codec; a fitted one is used as it is.
+    method : spec string, or a codec; a fitted one is used as it is, another one is copied.
     keep : quality to keep, for example ``{"recall@10": 0.95}``.
     at_most : bytes per item to stay within.
     ratio : how many times smaller than the input to become.
     queries : real queries to choose by; None holds out rows.
+    column : array or column to read, where there are several; in the queries too.
+    seed : of the samples to learn from and to choose by.
     metric : ``cosine`` (rows are scaled to unit length), ``ip`` or ``l2``.
     overwrite : replace an output that exists.
 
@@ -70,14 +75,15 @@ def encode(
     FewbitsError
         Unusable input or options, or a wish that no method meets.
     """
-    source = open_source(x, column=column)
     check_metric(metric)
+    check_seed(seed)
     check_wish(method, keep, at_most, ratio)
-    wish = {"keep": keep, "at_most": at_most, "ratio": ratio, "queries": queries}
-    parted = len(source.parts) > 1
+    source = open_source(x, column=column)
+    wish = {"keep": keep, "at_most": at_most, "ratio": ratio, "queries": queries, "column": column}
     if output is not None:
         output = Path(output)
-        if parted:
+        refuse_input(x, output)
+        if len(source.parts) > 1:
             return encode_parts(
                 source, output, method, wish, metric, seed, overwrite, show_progress
             )
@@ -101,9 +107,18 @@ def check_wish(
     for name, value in (("at_most", at_most), ("ratio", ratio)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise FewbitsError(f"{name} must be a number above 0, not {value}")
+    measured = [f"recall@{cut}" for cut in CUTS]
     for name, value in (keep or {}).items():
+        if name not in measured:
+            raise FewbitsError(f"{name!r} cannot be kept; choose one of {', '.join(measured)}")
         if not 0 < value <= 1:
             raise FewbitsError(f"{name} must be above 0 and at most 1, not {value}")
+
+
+def refuse_input(x: Any, output: Path) -> None:
+    """The output must not take the place of the input, whatever --overwrite says."""
+    if isinstance(x, (str, Path)) and output.exists() and Path(x).exists() and output.samefile(x):
+        raise FewbitsError(f"{output} is the input; choose another name for the output")
 
 
 def choose(
@@ -111,7 +126,12 @@ def choose(
 ) -> str:
     """Spec string of the codec that meets the wish best on a sample of the collection."""
     compared = compare(
-        source, wish["queries"], metric=metric, seed=seed, show_progress=show_progress
+        source,
+        wish["queries"],
+        metric=metric,
+        column=wish["column"],
+        seed=seed,
+        show_progress=show_progress,
     )
     at_most = wish["at_most"]
     if wish["ratio"] is not None:
@@ -134,15 +154,20 @@ def fitted_codec(
     if method is None:
         method = choose(source, wish, metric, seed, show_progress)
     codec = from_spec(method) if isinstance(method, str) else method
-    if hasattr(codec, "dims_"):
-        return codec
     if codec.takes != source.takes:
         raise FewbitsError(
             f"{codec.spec} takes {codec.takes}, but {source.name} has {source.takes}"
         )
-    per_item = source.bytes_per_item / np.dtype(source.dtype).itemsize * 4
+    if hasattr(codec, "dims_"):
+        if codec.dims_ != source.dims:
+            raise FewbitsError(
+                f"{codec.spec} was fitted on {codec.dims_} dimensions, but {source.name} has "
+                f"{source.dims}"
+            )
+        return codec
+    per_item = 4 * source.dims * source.vectors / source.rows
     count = max(256, min(FIT_ROWS, int(FIT_BYTES / per_item)))
-    return codec.fit(source.sample(count, seed, normalize=metric == "cosine"))
+    return copy.deepcopy(codec).fit(source.sample(count, seed, normalize=metric == "cosine"))
 
 
 def encode_blocks(codec: Codec, source: Source, metric: str, bar: Steps) -> Any:
@@ -194,22 +219,28 @@ def encode_parts(
 ) -> Encoded:
     """Encode every shard into a part of its own; parts that are there already are kept."""
     request = describe_request(source, method, wish, metric, seed)
-    if overwrite and folder.exists():
-        remove_parts(folder)
-    codec = resume(folder, request)
+    check_folder(folder)
+    codec = None if overwrite else resume(folder, request)
     if codec is None:
         codec = fitted_codec(source, method, wish, metric, seed, show_progress)
+        remove_parts(folder)
         about = describe_collection(codec, metric, describe_source(source))
         about |= {"parts": [part.name for part in source.parts], "request": request}
         container.write(folder / CODEC_FILE, "codec", about, pack_state(codec))
+    files = [part_file(folder, number) for number in range(len(source.parts))]
+    done = [
+        finished(file, number, codec, part.rows)
+        for number, (file, part) in enumerate(zip(files, source.parts, strict=True))
+    ]
+    if all(done):
+        raise FewbitsError(f"{folder} exists already; choose another name or pass --overwrite")
     with progress("encoding", source.rows, show=show_progress) as bar:
         for number, part in enumerate(source.parts):
-            file = part_file(folder, number)
-            if finished(file, number, codec, part.rows):
+            if done[number]:
                 bar.step(part.name, part.rows)
                 continue
             about = {"codec": codec.digest, "part": number, "source": part.name}
-            write_codes(file, "part", about, codec, part, metric, bar, overwrite=True)
+            write_codes(files[number], "part", about, codec, part, metric, bar, overwrite=True)
     return load(folder)
 
 
@@ -218,53 +249,57 @@ def describe_request(
 ) -> dict[str, Any]:
     """What was asked for, so that only the same request goes on with unfinished work."""
     if isinstance(method, Codec):
-        method = method.full_spec
+        fitted = f" {method.digest}" if hasattr(method, "dims_") else ""
+        method = method.full_spec + fitted
     queries = wish["queries"]
     asked = wish | {"queries": str(queries) if isinstance(queries, (str, Path)) else None}
     parts = [[part.name, part.rows, part.dims, part.dtype] for part in source.parts]
     return {"method": method, "metric": metric, "seed": seed, "input": parts} | asked
 
 
-def resume(folder: Path, request: dict[str, Any]) -> Codec | None:
-    """The codec of an unfinished directory made by the same request; None to start afresh.
+def check_folder(folder: Path) -> None:
+    """Refuse a folder that holds something else; leftovers of a killed process are deleted.
 
     Raises
     ------
     FewbitsError
-        The directory is finished, holds another encoding, or holds something else.
+        It is a file, or a folder with other things in it.
     """
     if not folder.exists():
-        return None
+        return
     if not folder.is_dir():
         raise FewbitsError(f"{folder} is a file, but sharded input is encoded into a directory")
     for stale in folder.glob(".*.fewbits.*.tmp"):
         stale.unlink()
+    if not (folder / CODEC_FILE).exists() and any(folder.iterdir()):
+        raise FewbitsError(f"{folder} exists and is not empty; choose another name")
+
+
+def resume(folder: Path, request: dict[str, Any]) -> Codec | None:
+    """The codec of a directory made by the same request; None where there is none yet.
+
+    Raises
+    ------
+    FewbitsError
+        The directory holds another encoding.
+    """
     file = folder / CODEC_FILE
     if not file.exists():
-        if any(folder.iterdir()):
-            raise FewbitsError(f"{folder} exists and is not empty; choose another name")
         return None
     content = container.read(file)
     if content.about.get("request") != request:
         raise FewbitsError(
             f"{folder} holds another encoding; choose another name or pass --overwrite"
         )
-    if all(part_file(folder, number).exists() for number in range(len(request["input"]))):
-        raise FewbitsError(f"{folder} exists already; choose another name or pass --overwrite")
     return from_description(content.about.get("codec"), content.arrays, file)
 
 
 def finished(file: Path, number: int, codec: Codec, rows: int) -> bool:
     """Whether a part is there, whole, and of this codec."""
-    if not file.exists():
-        return False
     try:
-        content = container.read(file)
-        code = code_of(content.arrays, codec, file)
+        return file.exists() and len(load_part(file, number, codec)) == rows
     except FewbitsError:
         return False
-    about = content.about
-    return (about.get("codec"), about.get("part"), len(code)) == (codec.digest, number, rows)
 
 
 def remove_parts(folder: Path) -> None:

@@ -1,8 +1,8 @@
 """Real examples that need no download.
 
 :func:`python_docs` is a small search collection that ships with the package: passages of Python's
-own documentation, questions with known answers, and the embeddings of both. :func:`stdlib_functions`
-reads documented functions out of the running Python's standard library.
+own documentation, questions with known answers, and the embeddings of both.
+:func:`stdlib_functions` reads documented functions out of the running Python's standard library.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ class Point:
 
     Attributes
     ----------
-    method : name of the last codec of the chain.
+    method : names of the codecs of the chain, joined by ``+``.
     spec : spec string that makes this codec.
     bytes_per_item : payload bytes per item, as stored.
     codec_bytes : bytes of learned arrays, paid once.

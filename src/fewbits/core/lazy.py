@@ -10,9 +10,9 @@ def exported(room: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` for the package of a room."""
 
     def names() -> dict[str, Any]:
-        from fewbits.core.catalogue import opponents, systems
+        from fewbits.core.catalogue import everything
 
-        rows = [row for row in (*opponents(), *systems()) if row.room == room]
+        rows = [row for row in everything() if row.room == room]
         return {row.path.partition(":")[2]: row for row in rows if row.status != "planned"}
 
     def get(name: str) -> Any:

@@ -34,7 +34,7 @@ def progress(label: str, total: float, *, show: bool = True) -> Iterator[Steps]:
         BarColumn(),
         TextColumn("{task.percentage:>3.0f}%"),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[what]}"),
+        TextColumn("{task.fields[what]}", markup=False),  # names of files are not markup
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield Steps(bar, bar.add_task(label, total=total, what=""))

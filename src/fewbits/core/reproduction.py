@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from fewbits.core.catalogue import System, find, installed, systems
+from fewbits.core.catalogue import System, everything, find, installed
 from fewbits.core.errors import FewbitsError
 
 SIZES = ("quick", "small")
@@ -52,7 +52,7 @@ def module_of(row: System) -> str:
 
 def available() -> list[str]:
     """Systems whose claim can be run."""
-    return [row.name for row in systems() if installed(module_of(row))]
+    return [row.name for row in everything() if installed(module_of(row))]
 
 
 def reproduce(name: str, size: str = "small") -> Reproduction:
@@ -77,4 +77,12 @@ def reproduce(name: str, size: str = "small") -> Reproduction:
     run: Callable[..., Reproduction] = importlib.import_module(module_of(row)).run
     start = time.perf_counter()
     result = run(size=size)
-    return Reproduction(**{**result.__dict__, "seconds": round(time.perf_counter() - start, 1)})
+    seconds = round(time.perf_counter() - start, 1)
+    # NumPy's booleans and floats do not go into JSON.
+    return replace(
+        result,
+        figures={what: float(value) for what, value in result.figures.items()},
+        baselines={what: float(value) for what, value in result.baselines.items()},
+        holds=bool(result.holds),
+        seconds=seconds,
+    )

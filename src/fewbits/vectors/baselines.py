@@ -6,6 +6,7 @@ that files stay specified and nothing from a file is trusted unseen.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,7 +15,7 @@ import numpy as np
 from fewbits.core.code import Code
 from fewbits.core.codec import Codec, DecodingSearcher, State, learned
 from fewbits.core.errors import FewbitsError
-from fewbits.core.search import Matches, Searcher, rescore
+from fewbits.core.search import Matches, Searcher
 from fewbits.primitives.bits import pack, packed_width, unpack
 from fewbits.primitives.level_scan import LevelScan
 from fewbits.primitives.lloyd_max import nearest_level, normal_levels
@@ -382,28 +383,29 @@ class TurboQuant(Codec):
             return DecodingSearcher(self, code, metric)
         scale = code["norms"].astype(np.float32)
         scan = LevelScan(code["packed"], self.dims_, self.bits, self.levels, scale)
-        return RotatedSearcher(self.rotation_, scan)
+        return PreparedSearcher(lambda queries: queries @ self.rotation_, scan)
 
 
-class RotatedSearcher:
-    """Rotates the queries, then searches."""
+class PreparedSearcher:
+    """Applies a function to the queries, then searches."""
 
-    def __init__(self, rotation: np.ndarray, inner: Searcher) -> None:
-        self.rotation, self.inner = rotation, inner
+    def __init__(
+        self, prepare: Callable[[np.ndarray], np.ndarray], inner: Searcher | LevelScan
+    ) -> None:
+        self.prepare, self.inner = prepare, inner
 
     def search(self, queries: np.ndarray, k: int) -> Matches:
-        return self.inner.search(queries @ self.rotation, k)
+        return self.inner.search(self.prepare(queries), k)
 
 
 @dataclass
 class SignCodec(Codec):
-    """Signs of centred coordinates, found by Hamming distance, ranked by rescoring.
+    """Signs of centred coordinates, searched with float queries.
 
-    The Hamming scan keeps `RESCORE`·k rows; these are ordered by the inner product (or the
-    distance) of the float query with the decoded rows, which needs no further bytes.
+    A table-lookup scan of the bits keeps several times k rows; these are scored again by the
+    exact inner product of the float query with the decoded rows, which needs no further bytes
+    and ranks better than the Hamming distance of two sign codes.
     """
-
-    RESCORE: ClassVar[int] = 10
 
     mean_: np.ndarray = learned()
     """(d,) float32."""
@@ -437,29 +439,16 @@ class SignCodec(Codec):
         centred = self._from_coordinates(signs * self.scale_)
         return np.asarray(self.mean_ + centred, dtype=np.float32)
 
+    def _query_coordinates(self, queries: np.ndarray) -> np.ndarray:
+        """(q, b) whose inner product with coordinates is that of the queries with the rows."""
+        return queries
+
     def _searcher(self, code: Code, metric: str) -> Searcher:
-        return HammingSearcher(self, code, metric)
-
-
-class HammingSearcher:
-    """Hamming scan of sign codes, then rescoring of the best with the float query."""
-
-    def __init__(self, codec: SignCodec, code: Code, metric: str) -> None:
-        import faiss
-
-        self.codec, self.code, self.metric = codec, code, metric
-        self.bits = np.ascontiguousarray(code["bits"])
-        self.index = faiss.IndexBinaryFlat(self.bits.shape[1] * 8)
-        self.index.add(self.bits)
-
-    def search(self, queries: np.ndarray, k: int) -> Matches:
-        keep = min(len(self.code), self.codec.RESCORE * k)
-        _, rows = self.index.search(self.codec._signs(queries), keep)
-
-        def fetch(wanted: np.ndarray) -> np.ndarray:
-            return self.codec._decode(self.code.take(wanted))
-
-        return rescore(queries, rows.astype(np.int64), fetch, k, self.metric)
+        if metric == "l2":
+            return DecodingSearcher(self, code, metric)
+        signs = np.array([-1, 1], dtype=np.float32)
+        scan = LevelScan(code["bits"], len(self.scale_), 1, signs)
+        return PreparedSearcher(lambda q: self._query_coordinates(q) * self.scale_, scan)
 
 
 @dataclass
@@ -489,6 +478,9 @@ class ProjectedSignCodec(SignCodec):
 
     def _from_coordinates(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(values @ np.linalg.pinv(self.projection_))
+
+    def _query_coordinates(self, queries: np.ndarray) -> np.ndarray:
+        return np.asarray(queries @ np.linalg.pinv(self.projection_).T)
 
     def _check_state(self) -> None:
         if self.mean_.shape != (self.dims_,) or self.scale_.ndim != 1:

@@ -1,0 +1,138 @@
+"""The figures of a report as text, and what a comparison says about its input.
+
+Figures that are not there, or are not finite, show as a dash.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+Point = dict[str, Any]
+Comparison = dict[str, Any]
+
+MISSING = "–"
+
+
+def known(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def count_text(value: Any) -> str:
+    """``1,536`` or ``5.5``: at most two decimals."""
+    if not known(value):
+        return MISSING
+    text = f"{value:,.2f}"
+    return text.rstrip("0").rstrip(".")
+
+
+def ratio_text(value: Any) -> str:
+    return f"{value:,.0f}×" if known(value) and value >= 100 else with_unit(value, "×", ".1f")
+
+
+def with_unit(value: Any, unit: str, spec: str) -> str:
+    return f"{value:{spec}}".removesuffix(".0") + unit if known(value) else MISSING
+
+
+def quality_text(value: Any) -> str:
+    return f"{value:.3f}" if known(value) else MISSING
+
+
+def size_text(value: Any) -> str:
+    """Bytes as people read them: ``0 B``, ``384 KiB``, ``1.5 MiB``."""
+    if not known(value):
+        return MISSING
+    for unit in ("B", "KiB", "MiB"):
+        if value < 1024:
+            return with_unit(value, f" {unit}", ".1f" if value < 100 else ".0f")
+        value /= 1024
+    return with_unit(value, " GiB", ".1f")
+
+
+def rate_text(value: Any) -> str:
+    """Three digits at most: ``41``, ``5.3k``, ``210k``, ``2.9M``."""
+    if not known(value):
+        return MISSING
+    for unit in ("", "k", "M"):
+        if value < 999.5:
+            return with_unit(value, unit, ".1f" if value < 100 else ".0f")
+        value /= 1000
+    return with_unit(value, "G", ".1f")
+
+
+def seconds_text(value: Any) -> str:
+    """``0.02``, ``1.4``, ``18``."""
+    return with_unit(value, "", ".2g" if known(value) and value < 9.95 else ",.0f")
+
+
+def printable(text: Any) -> str:
+    """Without control characters, so that a file's name cannot steer the terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def quality_names(comparison: Comparison) -> list[str]:
+    """Every quality that some point has, in the order of first appearance."""
+    return list(dict.fromkeys(name for point in comparison["points"] for name in point["quality"]))
+
+
+def input_name(comparison: Comparison) -> str:
+    return printable(comparison["input"].get("name"))
+
+
+def rows_text(about: dict[str, Any]) -> str:
+    """How many rows were compared, and of how many where it was a sample."""
+    rows, everything = about.get("rows"), about.get("rows_in_file")
+    held = about.get("queries") if about.get("queries_from") == "held-out rows" else 0
+    if rows is None or everything is None or rows + (held or 0) >= everything:
+        return count_text(rows)
+    return f"{count_text(rows)} of {count_text(everything)}"
+
+
+def input_facts(comparison: Comparison) -> str:
+    """Shape, type and size of what was compared, the queries, and the time, in one line."""
+    about = comparison["input"]
+    facts = [
+        f"{rows_text(about)} × {count_text(about.get('dims'))} {about.get('dtype')}",
+        f"{count_text(about.get('bytes_per_item'))} bytes per item",
+        f"{about.get('metric')}",
+        f"{count_text(about.get('queries'))} queries ({about.get('queries_from')})",
+        f"{seconds_text(about.get('seconds'))} s",
+    ]
+    return printable(", ".join(facts))
+
+
+def left_out_reasons(comparison: Comparison) -> dict[str, str]:
+    """Reason → the methods it holds for, joined by commas."""
+    reasons: dict[str, list[str]] = {}
+    for row in comparison["left_out"]:
+        reasons.setdefault(printable(row["why"]), []).append(printable(row["method"]))
+    return {why: ", ".join(methods) for why, methods in reasons.items()}
+
+
+def table_columns(qualities: list[str]) -> dict[str, Callable[[Point], str]]:
+    """Heading → cell text of a point, from left to right."""
+
+    def quality(name: str) -> Callable[[Point], str]:
+        return lambda point: quality_text(point["quality"].get(name))
+
+    return {
+        "method": lambda point: printable(point["spec"]),
+        "bytes/item": lambda point: count_text(point["bytes_per_item"]),
+        "smaller by": lambda point: ratio_text(point.get("ratio")),
+        **{name: quality(name) for name in qualities},
+        "codec bytes": lambda point: size_text(point.get("codec_bytes")),
+        "encode/s": lambda point: rate_text(point.get("encode_per_second")),
+        "search/s": lambda point: rate_text(point.get("search_per_second")),
+        "fit s": lambda point: seconds_text(point.get("fit_seconds")),
+    }
+
+
+def sorted_points(comparison: Comparison, target: str) -> list[Point]:
+    """From few to many bytes per item; at equal size the best `target` first."""
+
+    def place(point: Point) -> tuple[float, float]:
+        size, quality = point["bytes_per_item"], point["quality"].get(target)
+        return size if known(size) else math.inf, -quality if known(quality) else math.inf
+
+    return sorted(comparison["points"], key=place)
