@@ -1,4 +1,4 @@
-"""Peak memory of encoding a 4 GB file, and the size of an installation."""
+"""Peak memory of encoding a 4 GB file."""
 
 from __future__ import annotations
 

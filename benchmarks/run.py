@@ -1,6 +1,6 @@
 """Run all benchmarks and write their tables to docs/benchmarks.md.
 
-    python benchmarks/run.py [quality] [speed] [memory]
+    python benchmarks/run.py [quality] [candidates] [speed] [memory] [installation]
 
 Every figure is a ratio against a named peer, measured in the same run on the same data. Set
 ``FEWBITS_DATA`` to a folder with ``cranfield/`` to add that collection to `quality`.
@@ -13,14 +13,22 @@ import platform
 import sys
 from pathlib import Path
 
+import candidates
 import faiss
+import installation
 import memory
 import numpy as np
 import quality
 import speed
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-PARTS = {"quality": quality.tables, "speed": speed.tables, "memory": memory.tables}
+PARTS = {
+    "quality": quality.tables,
+    "candidates": candidates.tables,
+    "speed": speed.tables,
+    "memory": memory.tables,
+    "installation": installation.tables,
+}
 
 
 def main(names: list[str]) -> None:
@@ -49,6 +57,7 @@ def write_page(sections: dict[str, str]) -> None:
         f"NumPy {np.__version__}, faiss {faiss.__version__}, on 2 cores ({platform.machine()}).\n"
     )
     body = [f"<!-- section {name} -->\n\n{sections[name]}\n" for name in PARTS if name in sections]
+    PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text("\n".join([head, *body]), encoding="utf-8")
 
 

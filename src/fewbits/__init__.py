@@ -13,6 +13,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+
     from fewbits.core.catalogue import systems
     from fewbits.core.codec import chain, from_spec
     from fewbits.core.collection import Encoded, load
@@ -42,12 +46,39 @@ __all__ = [
     "FewbitsError",
     "chain",
     "compare",
+    "decode",
     "encode",
     "from_spec",
     "load",
     "reproduce",
     "systems",
 ]
+
+
+def decode(
+    codes: str | Path | Encoded, output: str | Path | None = None, *, overwrite: bool = False
+) -> np.ndarray | Path:
+    """Get the vectors back that `encode` made small.
+
+    Parameters
+    ----------
+    codes : what `encode` returned, or the file or directory that it wrote.
+    output : ``.npy`` file to write; None returns the vectors.
+    overwrite : replace an output that exists.
+
+    Returns
+    -------
+    (n, d) float32, or the path of the file.
+
+    Raises
+    ------
+    FewbitsError
+        No codes there, or the output cannot be written.
+    """
+    from fewbits.core.collection import Encoded, load
+
+    encoded = codes if isinstance(codes, Encoded) else load(codes)
+    return encoded.decode() if output is None else encoded.decode_to(output, overwrite=overwrite)
 
 
 def __getattr__(name: str) -> Any:

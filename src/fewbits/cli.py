@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from fewbits import __version__
 from fewbits.core.errors import FewbitsError
+from fewbits.core.report_text import printable
 
 INPUT_HELP = (
     ".npy, .npz, .parquet, .arrow, .fvecs, .bvecs or .safetensors, a directory of those, "
@@ -23,10 +25,13 @@ INPUT_HELP = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 2 for bad input, or 130 when interrupted."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A name that the terminal's encoding lacks is shown with question marks.
+        sys.stdout.reconfigure(errors="replace")
     options = build_parser().parse_args(arguments)
     try:
         options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
     except FewbitsError as error:
         print(f"fewbits: {one_line(error)}", file=sys.stderr)
         return 2
@@ -42,10 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("fewbits: out of memory; try a smaller --rows or fewer queries", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "fewbits: interrupted; finished parts of a directory are kept, run it again to go on",
-            file=sys.stderr,
-        )
+        kept = "; finished parts of a directory are kept, run it again to go on"
+        print(f"fewbits: interrupted{kept if options.run is run_encode else ''}", file=sys.stderr)
         return 130
     return 0
 
@@ -68,13 +71,15 @@ def run_compare(options: argparse.Namespace) -> None:
         seed=options.seed,
         show_progress=True,
     ).to_json()
-    if options.report:
-        page, picture = write_report(comparison, Path(options.report))
-        print(f"wrote {page} and {picture}", file=sys.stderr)
-    if options.json:
-        print_json(comparison)
-    else:
-        print_table(comparison)
+    try:
+        if options.report:
+            page, picture = write_report(comparison, Path(options.report))
+            print(f"wrote {printable(page)} and {printable(picture)}", file=sys.stderr)
+    finally:  # minutes of work are shown even where the report cannot be written
+        if options.json:
+            print_json(comparison)
+        else:
+            print_table(comparison)
 
 
 def run_encode(options: argparse.Namespace) -> None:
@@ -99,7 +104,7 @@ def run_encode(options: argparse.Namespace) -> None:
         print_json({"output": str(output), **describe(encoded)})
         return
     print(
-        f"{output}: {len(encoded):,} items by {encoded.codec.spec}, "
+        f"{printable(output)}: {len(encoded):,} items by {encoded.codec.spec}, "
         f"{encoded.bytes_per_item:g} bytes each ({encoded.ratio:.1f} times smaller), "
         f"codec {encoded.codec_bytes:,} bytes"
     )
@@ -110,7 +115,9 @@ def run_decode(options: argparse.Namespace) -> None:
 
     encoded = load(options.codes)
     path = encoded.decode_to(options.output, overwrite=options.overwrite)
-    print(f"{path}: {len(encoded):,} vectors of {encoded.codec.dims_} dimensions, float32")
+    print(
+        f"{printable(path)}: {len(encoded):,} vectors of {encoded.codec.dims_} dimensions, float32"
+    )
 
 
 def run_search(options: argparse.Namespace) -> None:
@@ -138,11 +145,8 @@ def run_info(options: argparse.Namespace) -> None:
         print_json(about)
         return
     for name, value in about.items():
-        print(
-            f"{name.replace('_', ' '):>16}  {value:,}"
-            if isinstance(value, int)
-            else f"{name.replace('_', ' '):>16}  {value}"
-        )
+        text = f"{value:,}" if isinstance(value, int) else printable(value)
+        print(f"{name.replace('_', ' '):>16}  {text}")
 
 
 def run_systems(options: argparse.Namespace) -> None:
@@ -159,12 +163,14 @@ def run_systems(options: argparse.Namespace) -> None:
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False)
     for heading in ("room", "name", "status", "what it does"):
         table.add_column(heading, no_wrap=heading != "what it does")
     for row in rows:
-        table.add_row(row["room"], row["name"], row["status"], row["summary"])
+        # As plain text, because the [torch] of fewbits[torch] would be taken for markup.
+        table.add_row(*(Text(row[name]) for name in ("room", "name", "status", "summary")))
     Console().print(table)
     here = sum(row["group"] == "paper" and row["status"] != "planned" for row in rows)
     print(
@@ -174,16 +180,19 @@ def run_systems(options: argparse.Namespace) -> None:
 
 
 def run_reproduce(options: argparse.Namespace) -> None:
-    from fewbits.core.reproduction import available, reproduce
+    from fewbits.core.reproduction import available, reproduce, reproducible
 
     if bool(options.names) == options.all:
         raise FewbitsError(f"name the systems, or pass --all; there are: {', '.join(available())}")
+    names = options.names or available()
+    for name in names:  # all of them before the first, which may take minutes
+        reproducible(name)
     results = []
-    for name in options.names or available():
+    for name in names:
         result = reproduce(name, options.size)
         results.append(result.to_json())
         if not options.json:
-            print_reproduction(results[-1])
+            print_reproduction(vars(result))
     if options.json:
         print_json(results)
 
@@ -198,9 +207,7 @@ def run_demo(options: argparse.Namespace) -> None:
 
 
 def one_line(text: object) -> str:
-    """For the terminal: one line, and nothing in it that could steer the terminal."""
-    line = " ".join(str(text).split())
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+    return printable(" ".join(str(text).split()))
 
 
 def print_json(value: Any) -> None:
@@ -268,7 +275,7 @@ def parse_amount(text: str, unit: str) -> float:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(
-            f"{text!r}: write it like {48 if unit == 'b' else 16}{unit}"
+            f"{text!r}: write it like {48 if unit == 'B' else 16}{unit}"
         )
     return value
 
@@ -287,7 +294,7 @@ class Parser(argparse.ArgumentParser):
     """Errors take one line, and exit with 2."""
 
     def error(self, message: str) -> Any:
-        self.exit(2, f"fewbits: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"fewbits: {one_line(message)} (see {self.prog} --help)\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -372,7 +379,7 @@ def add_encode(made: argparse.ArgumentParser) -> None:
     wish.add_argument("--method", help="spec string, such as pca-rag:dims=96+int8")
     wish.add_argument("--keep", type=parse_keep, help="cheapest that keeps it: recall@10=0.95")
     wish.add_argument(
-        "--at-most", type=lambda text: parse_amount(text, "b"), help="best within 48B per item"
+        "--at-most", type=lambda text: parse_amount(text, "B"), help="best within 48B per item"
     )
     wish.add_argument(
         "--ratio", type=lambda text: parse_amount(text, "x"), help="best that is 16x smaller"

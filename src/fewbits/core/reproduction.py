@@ -42,7 +42,9 @@ class Reproduction:
     """Rows of the full table, where there is one."""
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        from fewbits.core.report import plain
+
+        return dict(plain(asdict(self)))
 
 
 def module_of(row: System) -> str:
@@ -53,6 +55,22 @@ def module_of(row: System) -> str:
 def available() -> list[str]:
     """Systems whose claim can be run."""
     return [row.name for row in everything() if installed(module_of(row))]
+
+
+def reproducible(name: str) -> System:
+    """The row of a system, after checking that its claim can be run here.
+
+    Raises
+    ------
+    FewbitsError
+        Unknown name, no reproduction, or a missing extra.
+    """
+    row = find(name)
+    if not installed(module_of(row)):
+        known = ", ".join(available()) or "none yet"
+        raise FewbitsError(f"{name} has no reproduction; there is one for: {known}")
+    row.load()
+    return row
 
 
 def reproduce(name: str, size: str = "small") -> Reproduction:
@@ -67,18 +85,14 @@ def reproduce(name: str, size: str = "small") -> Reproduction:
     FewbitsError
         Unknown name or size, no reproduction, or a missing extra.
     """
-    row = find(name)
+    row = reproducible(name)
     if size not in SIZES:
         raise FewbitsError(f"unknown size {size!r}; choose one of {', '.join(SIZES)}")
-    if not installed(module_of(row)):
-        known = ", ".join(available()) or "none yet"
-        raise FewbitsError(f"{name} has no reproduction; there is one for: {known}")
-    row.load()
     run: Callable[..., Reproduction] = importlib.import_module(module_of(row)).run
     start = time.perf_counter()
     result = run(size=size)
     seconds = round(time.perf_counter() - start, 1)
-    # NumPy's booleans and floats do not go into JSON.
+    # Reproductions compute with NumPy; a result holds Python's own numbers.
     return replace(
         result,
         figures={what: float(value) for what, value in result.figures.items()},

@@ -15,8 +15,11 @@ import numpy as np
 
 from fewbits.primitives.bits import packed_width, unpack
 
-OVERSAMPLE = 4
-"""The coarse scan keeps this many times k candidates (and 64 more) for exact scoring."""
+OVERSAMPLE, OVERSAMPLE_SCALED = 2, 4
+"""The coarse scan keeps this many times k + 16 candidates for exact scoring; more where rows have
+factors of their own, which it does not see."""
+QUERIES_AT_A_TIME = 2
+"""Queries whose tables share the registers. Measured 2 to 11 % faster than what faiss chooses."""
 
 
 def grid_index(packed: np.ndarray, dims: int, bits: int, levels: np.ndarray) -> Any:
@@ -28,7 +31,9 @@ def grid_index(packed: np.ndarray, dims: int, bits: int, levels: np.ndarray) -> 
     faiss.copy_array_to_vector(np.tile(points.ravel(), dims // each), plain.pq.centroids)
     plain.is_trained = True
     plain.add_sa_codes(np.ascontiguousarray(packed))
-    return faiss.IndexPQFastScan(plain)
+    fast = faiss.IndexPQFastScan(plain)
+    fast.qbs = QUERIES_AT_A_TIME
+    return fast
 
 
 class LevelScan:
@@ -62,7 +67,8 @@ class LevelScan:
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (q, k) float32 and rows (q, k) int64, best first. O(q·n·dims·bits/4) look-ups."""
-        keep = min(OVERSAMPLE * k + 64, len(self.packed))
+        times = OVERSAMPLE if self.scale is None else OVERSAMPLE_SCALED
+        keep = min(times * (k + 16), len(self.packed))
         padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
         _, rows = self.index.search(np.ascontiguousarray(padded, dtype=np.float32), keep)
         scores = np.concatenate(
