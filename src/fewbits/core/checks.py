@@ -10,6 +10,9 @@ from fewbits.core.errors import FewbitsError
 from fewbits.primitives.ragged import Ragged
 
 NUMBERS = ("float16", "float32", "float64", "int8", "uint8")
+SEED_LIMIT = 2**31 - 1
+LARGEST = 1e15
+"""Squares of larger values, summed over a vector, could leave the range of float32."""
 
 
 def check_vectors(
@@ -24,7 +27,7 @@ def check_vectors(
     Raises
     ------
     FewbitsError
-        Wrong dtype or number of axes, no rows, no columns, NaN or infinity.
+        Wrong dtype or number of axes, no rows, no columns, NaN, infinity or beyond `LARGEST`.
     """
     x = np.asarray(x)
     if x.ndim != 2:
@@ -37,15 +40,14 @@ def check_vectors(
         raise FewbitsError(f"{what} is empty: {x.shape[0]} rows of {x.shape[1]} dimensions")
     with np.errstate(over="ignore"):
         x = np.ascontiguousarray(x, dtype=np.float32)
-    # A sum is finite unless a value is not, or it overflows; only then look at every value.
-    if not np.isfinite(x.sum(dtype=np.float64)):
-        bad = ~np.isfinite(x).all(axis=1)
-        if bad.any():
-            row = row_number(int(np.argmax(bad)), first_row, rows)
-            raise FewbitsError(
-                f"row {row} of {what} has NaN, infinity or a value beyond float32; "
-                "repair or drop such rows first"
-            )
+    # NaN fails both comparisons.
+    if not (x.min() >= -LARGEST and x.max() <= LARGEST):
+        bad = ~(np.abs(x) <= LARGEST).all(axis=1)
+        row = row_number(int(np.argmax(bad)), first_row, rows)
+        raise FewbitsError(
+            f"row {row} of {what} has NaN, infinity or a value beyond {LARGEST:g}; "
+            "repair, scale or drop such rows first"
+        )
     return x
 
 
@@ -134,7 +136,10 @@ def check_k(k: int, rows: int) -> int:
 
 
 def check_seed(seed: int) -> int:
-    """`seed` if it is one: a whole number, not negative."""
-    if not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or seed < 0:
-        raise FewbitsError(f"the seed must be a whole number of at least 0, not {seed!r}")
+    """`seed` if it is one: a whole number that every random generator takes."""
+    is_whole = isinstance(seed, (int, np.integer)) and not isinstance(seed, bool)
+    if not (is_whole and 0 <= seed < SEED_LIMIT):
+        raise FewbitsError(
+            f"seed={seed!r} is not valid; a seed is a whole number from 0 to {SEED_LIMIT - 1}"
+        )
     return int(seed)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Self, TypeVar
 import numpy as np
 
 from fewbits.core import container
-from fewbits.core.checks import check_ragged, check_vectors
+from fewbits.core.checks import check_ragged, check_seed, check_vectors
 from fewbits.core.code import Code
 from fewbits.core.errors import FewbitsError
 from fewbits.core.search import Matches, Searcher, exact_search, search_array
@@ -97,6 +97,8 @@ class Codec:
         FewbitsError
             Not finite numbers in the right shape, or too few rows for the hyper-parameters.
         """
+        for stage in self.stages:
+            check_seed(getattr(stage, "seed", 0))
         x = self._checked(x)
         self.dims_ = width(x)
         self._fit(x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -104,6 +105,7 @@ class Encoded:
             "fortran_order": False,
             "shape": (len(self), self.codec.dims_),
         }
+        made = container.make_folder(path)
         try:
             with container.clear_errors(path), open(temporary, "wb") as file:
                 np.lib.format.write_array_header_1_0(file, header)
@@ -113,7 +115,9 @@ class Encoded:
                 os.fsync(file.fileno())
                 os.replace(temporary, path)
         finally:
-            temporary.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            container.remove_empty(made)
         return path
 
     def search(
@@ -240,6 +244,8 @@ def load(path: str | Path) -> Encoded:
     path = Path(path)
     if not path.exists():
         raise FewbitsError(f"there is no file {path}")
+    if path.is_dir() and not (path / CODEC_FILE).exists():
+        raise FewbitsError(f"{path} is not an encoded collection: it has no {CODEC_FILE}")
     content = container.read(path / CODEC_FILE if path.is_dir() else path)
     wanted = "codec" if path.is_dir() else "encoded"
     if content.kind != wanted:

@@ -78,6 +78,24 @@ def clear_errors(path: Path) -> Iterator[None]:
         raise FewbitsError(f"cannot write {path}: {error.strerror or error}") from None
 
 
+def make_folder(file: Path) -> list[Path]:
+    """Make the folder that `file` goes to; returns the folders made, innermost first."""
+    missing = [folder for folder in file.parents if not folder.exists()]
+    there = next(folder for folder in file.parents if folder.exists())
+    if not there.is_dir():
+        raise FewbitsError(f"cannot write {file}: {there} is a file, not a folder")
+    with clear_errors(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove what `make_folder` made, where nothing was put into it."""
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
 class Writer:
     """Writes arrays piece by piece to a temporary file, renamed when all is there.
 
@@ -115,14 +133,19 @@ class Writer:
         self.done = dict.fromkeys(self.shapes, 0)
         self.hashes = {name: hashlib.sha256() for name in self.shapes}
         self.header_length = len(self._header())
+        self.file: Any = None
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Writer:
-        with clear_errors(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.temporary, "wb")
-            # Reserve the header, so that a full disk shows early; it is written last.
-            self.file.write(bytes(8 + self.header_length))
+        self.made = make_folder(self.path)
+        try:
+            with clear_errors(self.path):
+                self.file = open(self.temporary, "wb")
+                # Reserve the header, so that a full disk shows early; it is written last.
+                self.file.write(bytes(8 + self.header_length))
+        except BaseException:
+            self._clean_up()
+            raise
         return self
 
     def write(self, name: str, rows: np.ndarray) -> None:
@@ -165,9 +188,16 @@ class Writer:
             if kind is None:
                 self._finish()
         finally:
-            with contextlib.suppress(OSError):
+            self._clean_up()
+
+    def _clean_up(self) -> None:
+        """Leave nothing but the finished file, if there is one."""
+        with contextlib.suppress(OSError):
+            if self.file is not None:
                 self.file.close()
-            self.temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.temporary.unlink()
+        remove_empty(self.made)
 
 
 def canonical(value: Any) -> str:

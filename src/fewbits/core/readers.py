@@ -58,6 +58,8 @@ def open_source(x: Any, *, column: str | None = None) -> Source:
     if not isinstance(x, (str, Path)):
         return memory_source(x)
     if str(x) == "-":
+        if sys.stdin is None:
+            raise FewbitsError("standard input is closed; pipe an .npy into fewbits")
         return stdin_source(sys.stdin.buffer)
     if str(x).startswith("example:"):
         return example_source(str(x))
@@ -105,12 +107,12 @@ def open_npy(path: Path, column: str | None = None) -> Source:
 
 def npy_source(path: Path, name: str) -> Source:
     with open(path, "rb") as file:
-        shape, fortran, dtype = npy_header(file, path)
+        shape, fortran, dtype = npy_header(file, name)
         offset = file.tell()
     check_table(name, shape, dtype.name)
     needed = offset + math.prod(shape) * dtype.itemsize
     if path.stat().st_size < needed:
-        raise FewbitsError(f"{path} is cut short: {path.stat().st_size} bytes of {needed}")
+        raise FewbitsError(f"{name} is cut short: {path.stat().st_size} bytes of {needed}")
     if fortran:
         return array_source(name, np.memmap(path, dtype, "r", offset, shape, "F"))
 

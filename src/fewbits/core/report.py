@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fewbits.core.container import clear_errors
+from fewbits.core.container import clear_errors, make_folder, remove_empty
 from fewbits.core.report_picture import png_bytes
 from fewbits.core.report_text import (
     MISSING,
@@ -189,10 +189,11 @@ def write_report(comparison: Comparison, folder: str | Path) -> tuple[Path, Path
 def place_files(files: dict[Path, bytes]) -> None:
     """Write all files under temporary names, then rename them, so that no reader sees half."""
     temporary = {path: path.with_name(f".{path.name}.{os.getpid()}.tmp") for path in files}
+    made: list[Path] = []
     try:
         for path, content in files.items():
+            made += make_folder(path)
             with clear_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
                 temporary[path].write_bytes(content)
         for path in files:
             with clear_errors(path):
@@ -201,6 +202,7 @@ def place_files(files: dict[Path, bytes]) -> None:
         for path in temporary.values():
             with contextlib.suppress(OSError):
                 path.unlink()
+        remove_empty(made)
 
 
 def plain(value: Any) -> Any:

@@ -71,6 +71,8 @@ class LevelScan:
         keep = min(times * (k + 16), len(self.packed))
         padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
         _, rows = self.index.search(np.ascontiguousarray(padded, dtype=np.float32), keep)
+        # A query of zeros scores all rows alike, and faiss finds none; then the first will do.
+        rows[(rows < 0).any(axis=1)] = np.arange(keep)
         scores = np.concatenate(
             [self.score(queries[s : s + 64], rows[s : s + 64]) for s in range(0, len(rows), 64)]
         )

@@ -31,7 +31,7 @@ def opponents(size: int, dims: int) -> list[str]:
     widths = sorted(
         {width for width in (2 * size, 4 * size, 8 * size, dims) if size <= width <= dims}
     )
-    specs += [f"opq:bytes={size},dims={width}" for width in widths if width % size == 0]
+    specs += [f"opq:bytes={size},dims={width},rounds=50" for width in widths if width % size == 0]
     specs += [f"pca-rag:dims={size}+int8"]
     for factors, rabitq_bits in ((8, 1), (20, 2), (20, 4)):
         width = min(dims, (size - factors) * 8 // rabitq_bits // 8 * 8)
