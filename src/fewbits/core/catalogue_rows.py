@@ -9,7 +9,7 @@ from fewbits.core.catalogue import System
 PAPERS: tuple[System, ...] = (
     # vectors
     System("activation-code", "Neural networks behave as hash encoders: An empirical study",
-           "2101.05490", "vectors", "codec",
+           "2101.05490", "vectors", "model",
            "Reads the on/off pattern of a network's activations as a binary code of the input.",
            "fewbits.vectors.activation_code:ActivationCode", "torch"),
     System("bebr", "Binary Embedding-based Retrieval at Tencent",
@@ -17,12 +17,12 @@ PAPERS: tuple[System, ...] = (
            "Learns a few bits per dimension for embeddings, scored without decoding either side.",
            "fewbits.vectors.bebr:BEBR", "torch"),
     System("bt2", "BT^2: Backward-compatible Training with Basis Transformation",
-           "2211.03989", "vectors", "codec",
+           "2211.03989", "vectors", "model",
            "Adapts new embeddings so that they can be searched against an index of old ones.",
            "fewbits.vectors.bt2:BT2", "torch"),
     System("csce-net",
            "Cross-Scale Context Extracted Hashing for Fine-Grained Image Binary Encoding",
-           "2210.07572", "vectors", "codec",
+           "2210.07572", "vectors", "model",
            "Hashes images to short binary codes from fine detail and whole-image context.",
            "fewbits.vectors.csce_net:CSCENet", "torch"),
     System("muvera", "MUVERA: Multi-Vector Retrieval via Fixed Dimensional Encodings",
@@ -38,7 +38,7 @@ PAPERS: tuple[System, ...] = (
            "Relative representations enable zero-shot latent space communication",
            "2209.15430", "vectors", "codec",
            "Describes a vector by its cosine similarities to a fixed list of anchors.",
-           "fewbits.vectors.relative_representations:RelativeRepresentations", "torch"),
+           "fewbits.vectors.relative_representations:RelativeRepresentations"),
     # kv
     System("cachegen", "CacheGen: Fast Context Loading for Language Model Applications",
            "2310.07240", "kv", "cache",

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fewbits.core.errors import FewbitsError, require
+from fewbits.core.progress import progress as progress_bar
 
 if TYPE_CHECKING:
     import torch
@@ -182,19 +183,19 @@ class TextEncoder:
         first, so that memory runs out at once or never.
         """
         import torch
-        from rich.progress import track
 
         order = np.argsort([-len(row["input_ids"]) for row in encoded], kind="stable")
-        starts = range(0, len(encoded), batch_size)
-        for start in track(starts, description="embedding texts", disable=not progress):
-            rows = order[start : start + batch_size]
-            batch = self.tokenizer.pad(
-                [encoded[row] for row in rows], padding=True, return_tensors="pt"
-            ).to(self.device)
-            inputs = {name: batch[name] for name in batch if name != "special_tokens_mask"}
-            with torch.inference_mode():
-                hidden = self.model(**inputs).last_hidden_state
-            yield rows, hidden, batch
+        with progress_bar("embedding texts", len(encoded), show=progress) as bar:
+            for start in range(0, len(encoded), batch_size):
+                rows = order[start : start + batch_size]
+                batch = self.tokenizer.pad(
+                    [encoded[row] for row in rows], padding=True, return_tensors="pt"
+                ).to(self.device)
+                inputs = {name: batch[name] for name in batch if name != "special_tokens_mask"}
+                with torch.inference_mode():
+                    hidden = self.model(**inputs).last_hidden_state
+                yield rows, hidden, batch
+                bar.step(count=len(rows))
 
 
 def _packaged_model() -> Path:
