@@ -13,6 +13,8 @@ from fewbits.core.errors import FewbitsError
 from fewbits.core.source import Source, choose
 from fewbits.primitives.ragged import Ragged
 
+BUFFER_BYTES = 2**20
+
 Batches = Callable[[str, int], Iterator[Any]]
 """(column, rows) → the column as Arrow arrays of at most so many rows."""
 
@@ -25,17 +27,16 @@ def open_parquet(path: Path, column: str | None = None) -> Source:
     name, depth = vector_column(path, column, schema)
 
     def batches(name: str, size: int) -> Iterator[Any]:
-        with pq.ParquetFile(path) as file:
+        # Otherwise a column is held as a whole for each group of rows, however long.
+        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
             yield from (b.column(0) for b in file.iter_batches(size, columns=[name]))
 
     def count_numbers() -> int:
-        mine = [
-            i
-            for i in range(about.num_columns)
-            if about.schema.column(i).path.startswith(f"{name}.")
-        ]
+        paths = [about.schema.column(i).path for i in range(about.num_columns)]
+        # Beside a column "a" there may be one called "a.b", whose path has more dots.
+        mine = min((p.count("."), i) for i, p in enumerate(paths) if p.startswith(f"{name}."))[1]
         groups = [about.row_group(i) for i in range(about.num_row_groups)]
-        return sum(group.column(i).num_values for group in groups for i in mine)
+        return sum(group.column(mine).num_values for group in groups)
 
     return arrow_source(path, name, depth, schema, about.num_rows, batches, count_numbers)
 
@@ -83,7 +84,9 @@ def arrow_source(
 ) -> Source:
     if rows == 0:
         raise FewbitsError(f"{path} is empty: it has no rows")
-    first = next(b for b in batches(name, min(rows, 64)) if len(b))
+    first = next(filter(len, batches(name, min(rows, 64))), None)
+    if first is None:
+        raise FewbitsError(f"{path} is damaged: it announces {rows} rows, but has 0")
     dims = width(list_to_vectors(first, name, depth))
 
     def read(size: int) -> Iterator[Vectors]:

@@ -15,6 +15,21 @@ LARGEST = 1e15
 """Squares of larger values, summed over a vector, could leave the range of float32."""
 
 
+def as_array(x: Any, what: str = "the input") -> np.ndarray:
+    """`x` as NumPy sees it: array-likes and torch tensors on the CPU are taken as they are.
+
+    Raises
+    ------
+    FewbitsError
+        Rows of different widths, or a tensor that NumPy cannot read.
+    """
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FewbitsError(f"{what} is no table of vectors of one width: {reason}") from None
+
+
 def check_vectors(
     x: Any, *, first_row: int = 0, rows: np.ndarray | None = None, what: str = "the input"
 ) -> np.ndarray:
@@ -29,7 +44,7 @@ def check_vectors(
     FewbitsError
         Wrong dtype or number of axes, no rows, no columns, NaN, infinity or beyond `LARGEST`.
     """
-    x = np.asarray(x)
+    x = as_array(x, what)
     if x.ndim != 2:
         raise FewbitsError(
             f"{what} must be a table of vectors with 2 axes (items, dimensions), not {x.ndim}"
@@ -69,7 +84,7 @@ def as_ragged(x: Any, what: str = "the input") -> Ragged:
             raise FewbitsError(
                 f"{what} must be sets of vectors: a list of (t, d) arrays, or flat and offsets"
             )
-        sets = [np.asarray(item) for item in x]
+        sets = [as_array(item, what) for item in x]
         for number, item in enumerate(sets):
             if item.ndim != 2 or item.shape[1] != sets[0].shape[1]:
                 raise FewbitsError(

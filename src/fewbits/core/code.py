@@ -29,6 +29,8 @@ class Code:
     def __post_init__(self) -> None:
         if not self.arrays:
             raise FewbitsError("a code needs at least one array")
+        if not all(array.ndim for array in self.arrays.values()):
+            raise FewbitsError("the arrays of a code must have one row per item")
         if len({len(array) for array in self.arrays.values()}) != 1:
             lengths = {name: len(array) for name, array in self.arrays.items()}
             raise FewbitsError(f"the arrays of a code must have equally many rows, not {lengths}")

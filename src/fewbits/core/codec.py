@@ -23,7 +23,7 @@ from fewbits.core import container
 from fewbits.core.checks import check_ragged, check_seed, check_vectors
 from fewbits.core.code import Code
 from fewbits.core.errors import FewbitsError
-from fewbits.core.search import Matches, Searcher, exact_search, search_array
+from fewbits.core.search import Matches, Searcher, check_metric, exact_search, search_array
 from fewbits.primitives.ragged import Ragged
 
 Vectors = np.ndarray | Ragged
@@ -32,6 +32,22 @@ T = TypeVar("T", bound="Codec")
 
 BLOCK_BYTES = 64 * 2**20
 """Float bytes decoded at a time while searching."""
+
+MOST_DIMS = 2**22
+"""Widest vector: a row must fit many times into a block, also where a file only claims it."""
+SPEC_LIMIT = 4096
+"""Longest spec string, in characters."""
+
+UNUSABLE = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+"""What arrays and figures from a file raise where they do not fit together."""
 
 
 def learned() -> Any:
@@ -99,9 +115,13 @@ class Codec:
         """
         for stage in self.stages:
             check_seed(getattr(stage, "seed", 0))
-        x = self._checked(x)
+        x = self._checked_kind(x)
         self.dims_ = width(x)
-        self._fit(x)
+        try:
+            self._fit(x)
+        except BaseException:
+            del self.dims_  # half of it was learned
+            raise
         return self
 
     def encode(self, x: Any) -> Code:
@@ -117,7 +137,7 @@ class Codec:
     def searcher(self, code: Code, metric: str = "cosine") -> Searcher:
         """Prepare `code` for searching with float queries."""
         self.check_code(code)
-        return self._searcher(code, metric)
+        return self._searcher(code, check_metric(metric))
 
     def search(self, code: Code, queries: Any, k: int, metric: str = "cosine") -> Matches:
         """Scores (q, k), best first, and rows (q, k) of the best `k` items per query."""
@@ -174,9 +194,9 @@ class Codec:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of hyper-parameters and learned arrays."""
+        """SHA-256 of hyper-parameters, widths and learned arrays."""
         self.require_fitted()
-        return state_digest(self.full_spec, pack_state(self))
+        return state_digest(self.full_spec, stage_dims(self), pack_state(self))
 
     def code_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype, shape of one item) of the arrays this codec makes."""
@@ -196,11 +216,20 @@ class Codec:
             )
 
     def _checked(self, x: Any) -> Any:
-        x = check_ragged(x) if self.takes == "sets" else check_vectors(x)
+        x = self._checked_kind(x)
         if hasattr(self, "dims_") and width(x) != self.dims_:
             raise FewbitsError(
                 f"{self.spec} was fitted on {self.dims_} dimensions, but this has {width(x)}"
             )
+        return x
+
+    def _checked_kind(self, x: Any) -> Any:
+        """Vectors or sets of them, as this codec takes, of any width."""
+        if self.takes == "vectors" and isinstance(x, Ragged):
+            raise FewbitsError(f"{self.spec} takes vectors, but these are sets of vectors")
+        x = check_ragged(x) if self.takes == "sets" else check_vectors(x)
+        if width(x) > MOST_DIMS:
+            raise FewbitsError(f"vectors have at most {MOST_DIMS:,} dimensions, not {width(x):,}")
         return x
 
     # -- files ----------------------------------------------------------------------------
@@ -305,8 +334,13 @@ class Chain(Codec):
         self.last.fit(x)
 
     def _encode(self, x: Any) -> State:
-        for transform in self.transforms:
+        for transform, following in zip(self.transforms, self._stages[1:], strict=True):
             x = transform.transform(x)
+            if x.shape[1] != following.dims_:
+                raise FewbitsError(
+                    f"{following.spec} was fitted on {following.dims_} dimensions, but "
+                    f"{transform.spec} gives {x.shape[1]}; fit the chain again"
+                )
         return self.last._encode(x)
 
     def _decode(self, code: Code) -> np.ndarray:
@@ -403,9 +437,12 @@ def width(x: Vectors) -> int:
 def format_value(value: Any) -> str:
     if value is None:
         return "none"
-    if isinstance(value, bool):
+    if isinstance(value, (bool, np.bool_)):
         return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:g}" if float(f"{value:g}") == value else str(value)
+    return text.replace("e+", "e")  # a plus begins the next stage
 
 
 def format_spec(name: str, parameters: dict[str, Any]) -> str:
@@ -480,6 +517,8 @@ def from_spec(spec: str) -> Codec:
     """
     if not spec.strip():
         raise FewbitsError("the method is empty; `fewbits systems` lists the names")
+    if len(spec) > SPEC_LIMIT:
+        raise FewbitsError(f"the method is longer than {SPEC_LIMIT} characters; make it shorter")
     return chain(*(build_stage(part) for part in spec.split("+")))
 
 
@@ -495,38 +534,79 @@ def pack_state(codec: Codec) -> State:
     }
 
 
+def stage_dims(codec: Codec) -> list[int]:
+    """Width of what each stage takes."""
+    return [stage.dims_ for stage in codec.stages]
+
+
 def describe(codec: Codec) -> dict[str, Any]:
-    """What a file says of a codec, besides its learned arrays."""
-    return {
-        "spec": codec.full_spec,
-        "dims": [stage.dims_ for stage in codec.stages],
-        "digest": codec.digest,
-    }
+    """What a file says of a codec, besides its learned arrays.
+
+    Raises
+    ------
+    FewbitsError
+        A hyper-parameter that a reader of the file would understand otherwise, or not at all.
+    """
+    codec.require_fitted()
+    for stage in codec.stages:
+        check_readable(stage)
+    if len(codec.full_spec) > SPEC_LIMIT:
+        raise FewbitsError(f"the options of {codec.stages[0].name} are too long for a file")
+    return {"spec": codec.full_spec, "dims": stage_dims(codec), "digest": codec.digest}
+
+
+def check_readable(stage: Codec) -> None:
+    """Refuse hyper-parameters that a spec string does not give back."""
+    kinds = typing.get_type_hints(type(stage))
+    for key, value in stage.parameters().items():
+        text = format_value(value)
+        try:
+            same = parse_value(text, kinds[key]) == value and not set("+,") & set(text)
+        except ValueError:
+            same = False
+        if not same:
+            raise FewbitsError(
+                f"{stage.name}: {key}={value!r} cannot be written to a file; {key} is "
+                f"{expected(kinds[key])}"
+            )
 
 
 def from_description(about: Any, arrays: State, path: str | Path) -> Codec:
     """The codec that `describe` and `pack_state` put into a file."""
     try:
         codec = from_spec(about["spec"])
-        dims = [int(d) for d in about["dims"]]
+        dims = about["dims"]
+        if not all(type(d) is int and 1 <= d <= MOST_DIMS for d in dims):
+            raise ValueError("its widths are not valid")
         for number, (stage, width_in) in enumerate(zip(codec.stages, dims, strict=True)):
             prefix = f"{number}."
             own = {n[len(prefix) :]: a for n, a in arrays.items() if n.startswith(prefix)}
+            check_finite(own)
             stage._restore(width_in, own)
         codec.dims_ = dims[0]
         if codec.digest != about["digest"]:
             raise ValueError("the codec does not match its digest")
+        with np.errstate(all="ignore"):
+            codec.code_layout()  # encodes a row: what does not fit together shows here
     except FewbitsError:
         raise
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise FewbitsError(f"{path} does not hold a usable codec ({error})") from None
+    except UNUSABLE as error:
+        reason = str(error) or type(error).__name__
+        raise FewbitsError(f"{path} does not hold a usable codec ({reason})") from None
     return codec
 
 
-def state_digest(spec: str, arrays: State) -> str:
-    digest = hashlib.sha256(spec.encode())
+def check_finite(arrays: State) -> None:
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} has NaN or infinity")
+
+
+def state_digest(spec: str, dims: list[int], arrays: State) -> str:
+    digest = hashlib.sha256(json.dumps([spec, dims]).encode())
     for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
+        array = arrays[name]
+        array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.data)
     return digest.hexdigest()

@@ -14,6 +14,7 @@ from fewbits.core import container
 from fewbits.core.checks import check_k
 from fewbits.core.code import Code
 from fewbits.core.codec import (
+    UNUSABLE,
     Codec,
     describe,
     from_description,
@@ -22,7 +23,7 @@ from fewbits.core.codec import (
 from fewbits.core.errors import FewbitsError
 from fewbits.core.readers import open_queries
 from fewbits.core.search import Matches, Searcher, check_metric, merge, rescore
-from fewbits.core.source import BLOCK_BYTES, Source
+from fewbits.core.source import BLOCK_BYTES, Source, readable
 
 CODEC_FILE = "codec.fewbits"
 CANDIDATES = 10
@@ -82,9 +83,7 @@ class Encoded:
         """(n, d) float32: all items, or the given row numbers."""
         if rows is None:
             return np.concatenate(list(self.blocks()))
-        rows = np.asarray(rows, dtype=np.int64)
-        if len(rows) and not (0 <= rows.min() and rows.max() < len(self)):
-            raise FewbitsError(f"row numbers must be between 0 and {len(self) - 1}")
+        rows = self._checked_rows(rows)
         decoded = np.empty((len(rows), self.codec.dims_), dtype=np.float32)
         owner = np.searchsorted(self.starts, rows, side="right") - 1
         for number in np.unique(owner):
@@ -92,6 +91,14 @@ class Encoded:
             part = self.parts[number].take(rows[mine] - self.starts[number])
             decoded[mine] = self.codec.decode(part)
         return decoded
+
+    def _checked_rows(self, rows: Any) -> np.ndarray:
+        rows = np.asarray(rows)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise FewbitsError("row numbers must be a list of whole numbers")
+        if rows.size and not (0 <= rows.min() and rows.max() < len(self)):
+            raise FewbitsError(f"row numbers must be between 0 and {len(self) - 1}")
+        return rows.astype(np.int64)
 
     def decode_to(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the decoded vectors to an ``.npy`` file, block by block."""
@@ -175,6 +182,8 @@ class Encoded:
         if rescored is True:
             return self.decode
         originals = open_queries(rescored, column)
+        if originals.takes == "sets":
+            raise FewbitsError(f"{originals.name} has sets of vectors; give the vectors encoded")
         if (originals.rows, originals.dims) != (len(self), self.codec.dims_):
             raise FewbitsError(
                 f"{originals.name} has {originals.rows} × {originals.dims} vectors, but the "
@@ -242,7 +251,9 @@ def load(path: str | Path) -> Encoded:
         Missing, unreadable, damaged, foreign, of a newer version, or not finished.
     """
     path = Path(path)
-    if not path.exists():
+    with readable(path):
+        exists = path.exists()
+    if not exists:
         raise FewbitsError(f"there is no file {path}")
     if path.is_dir() and not (path / CODEC_FILE).exists():
         raise FewbitsError(f"{path} is not an encoded collection: it has no {CODEC_FILE}")
@@ -254,34 +265,43 @@ def load(path: str | Path) -> Encoded:
     codec = from_description(content.about.get("codec"), content.arrays, path)
     try:
         metric, source = check_metric(content.about["metric"]), dict(content.about["source"])
-        if not (str(source["name"]) and float(source["bytes_per_item"]) > 0):
+        if not (isinstance(source["name"], str) and float(source["bytes_per_item"]) > 0):
             raise ValueError
-        names = [str(name) for name in content.about["parts"]] if path.is_dir() else []
-    except (KeyError, TypeError, ValueError):
+        rows, dims = source["rows"], source["dims"]
+        names = list(content.about["parts"]) if path.is_dir() else []
+    except UNUSABLE:
         raise FewbitsError(f"{path} is damaged: it does not say what it holds") from None
-    if not path.is_dir():
-        return Encoded(codec, [code_of(content.arrays, codec, path)], metric, source)
-    return Encoded(codec, load_parts(path, len(names), codec), metric, source)
+    if path.is_dir():
+        parts = load_parts(path, names, codec)
+    else:
+        parts = [code_of(content.arrays, codec, path)]
+    encoded = Encoded(codec, parts, metric, source)
+    if (rows, dims) != (len(encoded), codec.dims_) or not parts:
+        raise FewbitsError(f"{path} is damaged: it does not hold the items that it says it holds")
+    return encoded
 
 
 def part_file(folder: Path, number: int) -> Path:
     return folder / f"part-{number:05d}.fewbits"
 
 
-def load_parts(folder: Path, count: int, codec: Codec) -> list[Code]:
-    files = [part_file(folder, number) for number in range(count)]
+def load_parts(folder: Path, names: list[str], codec: Codec) -> list[Code]:
+    """The codes of all parts; `names` are those of the shards they were made from."""
+    files = [part_file(folder, number) for number in range(len(names))]
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise FewbitsError(
-            f"{folder} is not finished: {len(missing)} of {count} parts are missing; run the "
+            f"{folder} is not finished: {len(missing)} of {len(names)} parts are missing; run the "
             "same encode command again to go on"
         )
-    return [load_part(file, number, codec) for number, file in enumerate(files)]
+    return [load_part(file, number, codec, names[number]) for number, file in enumerate(files)]
 
 
-def load_part(file: Path, number: int, codec: Codec) -> Code:
+def load_part(file: Path, number: int, codec: Codec, shard: str | None = None) -> Code:
+    """The code of a part; `shard` is the name of what it must have been made from."""
     content = container.read(file)
     about = content.about
-    if content.kind != "part" or (about.get("codec"), about.get("part")) != (codec.digest, number):
+    is_mine = (about.get("codec"), about.get("part")) == (codec.digest, number)
+    if content.kind != "part" or not is_mine or shard not in (None, about.get("source")):
         raise FewbitsError(f"{file} does not belong to the codec beside it")
     return code_of(content.arrays, codec, file)

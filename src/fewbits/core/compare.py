@@ -55,9 +55,9 @@ class Comparison:
         named = {name.replace("_at_", "@"): value for name, value in at_least.items()}
         return frontier.cheapest(self.points, named)
 
-    def best(self, bytes: float, target: str = TARGET) -> Point:
-        """The best point in `target` of at most so many bytes per item."""
-        return frontier.best(self.points, bytes, target)
+    def best(self, bytes: float, target: str | None = None) -> Point:
+        """The best point in `target` (recall@10) of at most so many bytes per item."""
+        return frontier.best(self.points, bytes, target or target_of(self.points))
 
     @property
     def frontier(self) -> list[Point]:
@@ -90,6 +90,7 @@ class Trial:
     judged: dict[int, dict[int, float]] | None
     metric: str
     bytes_per_item: float
+    first_equal: np.ndarray
 
 
 def compare(
@@ -105,6 +106,8 @@ def compare(
     show_progress: bool = False,
 ) -> Comparison:
     """Run every applicable method over a grid of sizes, and measure size, quality and speed.
+
+    Where rows are equal, recall does not care which of them was found.
 
     Parameters
     ----------
@@ -127,6 +130,7 @@ def compare(
     start = time.perf_counter()
     check_metric(metric)
     check_seed(seed)
+    check_rows(rows)
     asked = parse_methods(methods)
     source = open_source(x, column=column)
     queries = None if queries is None else open_queries(queries, column)
@@ -145,8 +149,17 @@ def compare(
         why = left_out[0]["why"] if left_out else "no method takes this kind of input"
         raise FewbitsError(f"nothing could be compared: {why}")
     about["seconds"] = round(time.perf_counter() - start, 1)
-    target = TARGET if TARGET in points[0].quality else f"recall@{CUTS[0]}"
-    return Comparison(about, frontier.mark_frontier(points, target), left_out)
+    return Comparison(about, frontier.mark_frontier(points, target_of(points)), left_out)
+
+
+def check_rows(rows: int) -> None:
+    if not isinstance(rows, (int, np.integer)) or rows < 1:
+        raise FewbitsError(f"rows must be a whole number of at least 1, not {rows!r}")
+
+
+def target_of(points: list[Point]) -> str:
+    """The quality that points are ranked by; small collections have no recall@10."""
+    return TARGET if points and TARGET in points[0].quality else f"recall@{CUTS[0]}"
 
 
 def prepare(
@@ -169,6 +182,7 @@ def prepare(
         asked = source.take(drawn[held], normalize=normalize)
     judged = read_qrels(Path(qrels), len(asked), source.rows) if qrels is not None else None
     truth = exact(asked, items, min(max(CUTS), len(items)), metric)[1]
+    first = first_equal(items)
     about = {
         "name": source.name,
         "rows": len(items),
@@ -180,7 +194,8 @@ def prepare(
         "queries": len(asked),
         "queries_from": "held-out rows" if queries is None else "given",
     }
-    return Trial(items, asked, truth, judged, metric, source.bytes_per_item), about
+    truth = name_copies(truth, first)
+    return Trial(items, asked, truth, judged, metric, source.bytes_per_item, first), about
 
 
 def check_queries(queries: Source, source: Source) -> None:
@@ -210,6 +225,29 @@ def exact(queries: Any, items: Any, k: int, metric: str) -> Matches:
     scores = chamfer(queries, items)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, axis=1), order
+
+
+def first_equal(items: Any) -> np.ndarray:
+    """(n,) the first item that is the same as each. O(n log n), and reads every item."""
+    hashes = np.fromiter((hash(item.tobytes()) for item in items), np.int64, len(items))
+    _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
+    return first[group]
+
+
+def name_copies(rows: np.ndarray, first: np.ndarray) -> np.ndarray:
+    """Names of the found rows (q, k) that say which item it is, but not which of its copies.
+
+    Copies have equal scores, so which of them is found first is chance, and must not count.
+    O(q·k log k).
+    """
+    item = first[rows]
+    order = np.argsort(item, axis=1, kind="stable")
+    begins = np.diff(np.take_along_axis(item, order, axis=1), axis=1, prepend=-1) != 0
+    place = np.arange(rows.shape[1])
+    copies_before = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    number = np.empty_like(item)
+    np.put_along_axis(number, order, copies_before, axis=1)
+    return np.where(rows < 0, -1, number * len(first) + item)
 
 
 def split_methods(methods: str) -> list[str]:
@@ -276,7 +314,8 @@ def measure_point(codec: Codec, trial: Trial, seed: int) -> Point:
     _, found = searcher.search(trial.queries, min(max(CUTS), len(code)))
     searched = time.perf_counter()
     cuts = [cut for cut in CUTS if cut <= len(code)]
-    quality = {f"recall@{cut}": overlap(found, trial.truth, cut) for cut in cuts}
+    named = name_copies(found, trial.first_equal)
+    quality = {f"recall@{cut}": overlap(named, trial.truth, cut) for cut in cuts}
     if trial.judged is not None:
         quality["ndcg@10"] = ndcg(found, trial.judged, 10)
     return Point(

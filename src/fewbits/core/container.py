@@ -54,16 +54,22 @@ class Content:
     arrays: dict[str, np.ndarray]
 
 
+def little(dtype: np.dtype) -> np.dtype:
+    """The dtype with the byte order that files have."""
+    return dtype.newbyteorder("<")
+
+
 def dtype_name(dtype: np.dtype) -> str:
-    little = dtype.newbyteorder("<") if dtype.byteorder == ">" else dtype
     try:
-        return NAMES[little.str]
+        return NAMES[little(dtype).str]
     except KeyError:
         raise FewbitsError(f"a .fewbits file cannot hold arrays of dtype {dtype}") from None
 
 
 def refuse_existing(path: Path, overwrite: bool) -> None:
-    if not overwrite and path.exists():
+    with clear_errors(path):
+        exists = path.exists()
+    if exists and not overwrite:
         raise FewbitsError(f"{path} exists already; choose another name or pass --overwrite")
 
 
@@ -80,11 +86,11 @@ def clear_errors(path: Path) -> Iterator[None]:
 
 def make_folder(file: Path) -> list[Path]:
     """Make the folder that `file` goes to; returns the folders made, innermost first."""
-    missing = [folder for folder in file.parents if not folder.exists()]
-    there = next(folder for folder in file.parents if folder.exists())
-    if not there.is_dir():
-        raise FewbitsError(f"cannot write {file}: {there} is a file, not a folder")
     with clear_errors(file):
+        missing = [folder for folder in file.parents if not folder.exists()]
+        there = next(folder for folder in file.parents if folder.exists())
+        if not there.is_dir():
+            raise FewbitsError(f"cannot write {file}: {there} is a file, not a folder")
         file.parent.mkdir(parents=True, exist_ok=True)
     return missing
 
@@ -124,7 +130,7 @@ class Writer:
         self.kind, self.about = kind, about
         # Wider elements first, so that every array starts at a multiple of its element size.
         order = sorted(shapes, key=lambda name: (-shapes[name][0].itemsize, name))
-        self.shapes = {name: shapes[name] for name in order}
+        self.shapes = {name: (little(shapes[name][0]), shapes[name][1]) for name in order}
         self.places: dict[str, tuple[int, int]] = {}
         end = 0
         for name, (dtype, shape) in self.shapes.items():
@@ -150,7 +156,9 @@ class Writer:
 
     def write(self, name: str, rows: np.ndarray) -> None:
         """Append `rows` to the array `name`."""
-        dtype, _ = self.shapes[name]
+        dtype, shape = self.shapes[name]
+        if little(rows.dtype) != dtype or rows.shape[1:] != shape[1:]:
+            raise ValueError(f"{name} was announced as {dtype} of shape {shape}")
         data = np.ascontiguousarray(rows, dtype=dtype).view(np.uint8).reshape(-1).data
         begin, end = self.places[name]
         if begin + self.done[name] + len(data) > end:
@@ -268,11 +276,11 @@ def read(path: str | Path) -> Content:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             start, header = read_header(file, size, path)
+        metadata = header.pop("__metadata__", None)
+        check_metadata(metadata, path)
+        arrays = map_arrays(path, header, start, size)
     except OSError as error:
         raise FewbitsError(f"cannot read {path}: {error.strerror or error}") from None
-    metadata = header.pop("__metadata__", None)
-    check_metadata(metadata, path)
-    arrays = map_arrays(path, header, start, size)
     if header_digest(header, metadata) != metadata.get("digest"):
         raise FewbitsError(f"{path} is damaged: its header does not match its digest")
     check_arrays(arrays, load_json(metadata["sha256"], path), path)
@@ -333,6 +341,9 @@ def map_arrays(path: Path, entries: dict[str, Any], start: int, size: int) -> di
             whole = all(type(v) is int and 0 <= v <= size for v in (*shape, begin, end))
             if not whole or len(shape) > 8 or end - begin != dtype.itemsize * math.prod(shape):
                 raise ValueError
+            # An empty array may claim other axes that are longer than NumPy can count.
+            if len(entry) > 3 or math.prod(v or 1 for v in shape) > 2**48:
+                raise ValueError
         except (KeyError, TypeError, ValueError):
             raise FewbitsError(f"{path} is damaged: array {name!r} is malformed") from None
         places.append((begin, end, name, dtype, shape))
@@ -342,13 +353,12 @@ def map_arrays(path: Path, entries: dict[str, Any], start: int, size: int) -> di
         raise FewbitsError(f"{path} is damaged: its arrays overlap or leave gaps")
     if start + ends[-1] != size:
         raise FewbitsError(f"{path} is cut short or has bytes left over; copy or encode it again")
-    arrays = {}
-    for begin, end, name, dtype, shape in places:
-        if begin == end:
-            arrays[name] = np.empty(shape, dtype=dtype)
-        else:
-            arrays[name] = np.memmap(path, dtype=dtype, mode="r", offset=start + begin, shape=shape)
-    return arrays
+    # One mapping for all, because a process may have only so many.
+    data = np.memmap(path, dtype=np.uint8, mode="r")[start:]
+    return {
+        name: data[begin:end].view(dtype).reshape(shape)
+        for begin, end, name, dtype, shape in places
+    }
 
 
 def check_arrays(arrays: dict[str, np.ndarray], digests: dict[str, Any], path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from fewbits.core import container
+from fewbits.core import container, frontier
 from fewbits.core.checks import check_seed
 from fewbits.core.code import join
 from fewbits.core.codec import Codec, from_description, from_spec, pack_state
@@ -22,8 +22,9 @@ from fewbits.core.collection import (
     load_part,
     part_file,
 )
-from fewbits.core.compare import CUTS, FIT_ROWS, TARGET, compare
+from fewbits.core.compare import CUTS, FIT_ROWS, TARGET, compare, target_of
 from fewbits.core.errors import FewbitsError
+from fewbits.core.frontier import Point
 from fewbits.core.progress import Steps, progress
 from fewbits.core.readers import open_source
 from fewbits.core.search import check_metric
@@ -32,6 +33,7 @@ from fewbits.core.source import Source
 FIT_BYTES = 192 * 2**20
 """A codec is learned from a sample of at most so many float bytes."""
 DEFAULT_KEEP = {TARGET: 0.95}
+PART_FILES = "part-*.fewbits"
 
 
 def encode(
@@ -52,8 +54,9 @@ def encode(
     """Make a collection small.
 
     Give at most one of `method`, `keep`, `at_most` and `ratio`; with the last three, methods
-    are compared first on a sample, and the cheapest (or the best) is taken. Without any,
-    ``recall@10`` is kept at 0.95.
+    are compared first on a sample, and the cheapest (or the best) is taken, among those whose
+    codes and codec together are smaller than the input. Without any, ``recall@10`` is kept at
+    0.95.
 
     Parameters
     ----------
@@ -76,13 +79,13 @@ def encode(
         Unusable input or options, or a wish that no method meets.
     """
     check_metric(metric)
-    check_seed(seed)
+    seed = check_seed(seed)
     check_wish(method, keep, at_most, ratio)
     source = open_source(x, column=column)
     wish = {"keep": keep, "at_most": at_most, "ratio": ratio, "queries": queries, "column": column}
     if output is not None:
         output = Path(output)
-        refuse_input(x, output)
+        refuse_input(x, source, output)
         if len(source.parts) > 1:
             return encode_parts(
                 source, output, method, wish, metric, seed, overwrite, show_progress
@@ -115,10 +118,14 @@ def check_wish(
             raise FewbitsError(f"{name} must be above 0 and at most 1, not {value}")
 
 
-def refuse_input(x: Any, output: Path) -> None:
+def refuse_input(x: Any, source: Source, output: Path) -> None:
     """The output must not take the place of the input, whatever --overwrite says."""
-    if isinstance(x, (str, Path)) and output.exists() and Path(x).exists() and output.samefile(x):
-        raise FewbitsError(f"{output} is the input; choose another name for the output")
+    if not isinstance(x, (str, Path)):
+        return
+    with container.clear_errors(output):
+        for file in (Path(x), *(Path(x) / part.name for part in source.parts)):
+            if output.exists() and file.exists() and output.samefile(file):
+                raise FewbitsError(f"{output} is the input; choose another name for the output")
 
 
 def choose(
@@ -133,13 +140,20 @@ def choose(
         seed=seed,
         show_progress=show_progress,
     )
+    points = worth_it(compared.points, source)
     at_most = wish["at_most"]
     if wish["ratio"] is not None:
         at_most = source.bytes_per_item / wish["ratio"]
     if at_most is not None:
-        return compared.best(at_most).spec
-    keep = wish["keep"] or DEFAULT_KEEP
-    return compared.cheapest(**keep).spec
+        return frontier.best(points, at_most, target_of(points)).spec
+    return frontier.cheapest(points, wish["keep"] or DEFAULT_KEEP).spec
+
+
+def worth_it(points: list[Point], source: Source) -> list[Point]:
+    """Points whose codes and codec together are smaller than the input; all where none is."""
+    whole = source.bytes_per_item * source.rows
+    smaller = [p for p in points if p.bytes_per_item * source.rows + p.codec_bytes < whole]
+    return smaller or points
 
 
 def fitted_codec(
@@ -265,14 +279,16 @@ def check_folder(folder: Path) -> None:
     FewbitsError
         It is a file, or a folder with other things in it.
     """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise FewbitsError(f"{folder} is a file, but sharded input is encoded into a directory")
-    for stale in folder.glob(".*.fewbits.*.tmp"):
-        stale.unlink()
-    if not (folder / CODEC_FILE).exists() and any(folder.iterdir()):
-        raise FewbitsError(f"{folder} exists and is not empty; choose another name")
+    with container.clear_errors(folder):
+        if not folder.exists():
+            return
+        if not folder.is_dir():
+            raise FewbitsError(f"{folder} is a file, but sharded input is encoded into a directory")
+        stale = [f for name in (CODEC_FILE, PART_FILES) for f in folder.glob(f".{name}.*.tmp")]
+        if not (folder / CODEC_FILE).exists() and set(folder.iterdir()) - set(stale):
+            raise FewbitsError(f"{folder} exists and is not empty; choose another name")
+        for file in stale:
+            file.unlink()
 
 
 def resume(folder: Path, request: dict[str, Any]) -> Codec | None:
@@ -304,5 +320,7 @@ def finished(file: Path, number: int, codec: Codec, rows: int) -> bool:
 
 def remove_parts(folder: Path) -> None:
     """Delete the files of an encoded directory, and nothing else."""
-    for file in [folder / CODEC_FILE, *folder.glob("part-*.fewbits")]:
-        file.unlink(missing_ok=True)
+    with container.clear_errors(folder):
+        for name in (CODEC_FILE, PART_FILES):
+            for file in folder.glob(name):
+                file.unlink()

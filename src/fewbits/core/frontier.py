@@ -66,11 +66,12 @@ def cheapest(points: Iterable[Point], at_least: dict[str, float]) -> Point:
         check_quality(points, name)
     enough = [p for p in points if all(p.quality[n] >= v for n, v in at_least.items())]
     if not enough:
-        name, value = next(iter(at_least.items()))
-        best = max(points, key=lambda p: p.quality[name])
+        best = max(points, key=lambda p: min(p.quality[n] - v for n, v in at_least.items()))
+        wish = " and ".join(f"{name} at {value:g}" for name, value in at_least.items())
+        kept = " and ".join(f"{best.quality[name]:.3f}" for name in at_least)
         raise FewbitsError(
-            f"nothing that was compared keeps {name} at {value:g}; the best is "
-            f"{best.spec} with {best.quality[name]:.3f} at {best.bytes_per_item:g} bytes"
+            f"nothing that was compared keeps {wish}; the best is "
+            f"{best.spec} with {kept} at {best.bytes_per_item:g} bytes"
         )
     first = next(iter(at_least))
     return min(enough, key=lambda p: (p.bytes_per_item, -p.quality[first], p.codec_bytes))

@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 import tempfile
+import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,7 +28,6 @@ from fewbits.core.errors import FewbitsError
 from fewbits.core.source import (
     SeveralTablesError,
     Source,
-    array_source,
     check_table,
     choose,
     memory_source,
@@ -97,7 +97,7 @@ def npy_header(file: IO[bytes], name: object) -> tuple[tuple[int, ...], bool, np
         if version == (1, 0):
             return np.lib.format.read_array_header_1_0(file)
         return np.lib.format.read_array_header_2_0(file)
-    except ValueError:
+    except (ValueError, tokenize.TokenError):
         raise FewbitsError(f"{name} is not an .npy file, or its header is damaged") from None
 
 
@@ -113,26 +113,42 @@ def npy_source(path: Path, name: str) -> Source:
     needed = offset + math.prod(shape) * dtype.itemsize
     if path.stat().st_size < needed:
         raise FewbitsError(f"{name} is cut short: {path.stat().st_size} bytes of {needed}")
-    if fortran:
-        return array_source(name, np.memmap(path, dtype, "r", offset, shape, "F"))
 
     def read(rows: int) -> Iterator[np.ndarray]:
-        # One window at a time, so that pages are given back.
-        for start in range(0, shape[0], rows):
-            count, place = min(rows, shape[0] - start), offset + start * shape[1] * dtype.itemsize
-            yield np.memmap(path, dtype, "r", place, (count, shape[1]))
+        return mapped_rows(path, dtype, offset, shape, fortran, rows)
 
     return Source(name, shape[0], shape[1], dtype.name, read)
+
+
+def mapped_rows(
+    path: str | Path,
+    dtype: np.dtype,
+    offset: int,
+    shape: tuple[int, ...],
+    fortran: bool,
+    rows: int,
+) -> Iterator[np.ndarray]:
+    """The table at `offset` of a file, mapped anew for each block, so that pages are given back."""
+    for start in range(0, shape[0], rows):
+        if fortran:
+            yield np.memmap(path, dtype, "r", offset, shape, "F")[start : start + rows]
+        else:
+            place = offset + start * shape[1] * dtype.itemsize
+            yield np.memmap(path, dtype, "r", place, (min(rows, shape[0] - start), shape[1]))
 
 
 def stdin_source(stream: IO[bytes]) -> Source:
     """An ``.npy`` from a stream, by way of a temporary file that goes with the source."""
     name = "standard input"
     file = tempfile.NamedTemporaryFile(suffix=".npy")  # noqa: SIM115 - lives as long as the source
-    with readable(name):
-        shutil.copyfileobj(stream, file, 2**20)
-        file.flush()
-        source = npy_source(Path(file.name), name)
+    try:
+        with readable(name):
+            shutil.copyfileobj(stream, file, 2**20)
+            file.flush()
+            source = npy_source(Path(file.name), name)
+    except BaseException:
+        file.close()
+        raise
     source.file = file
     return source
 
@@ -200,10 +216,10 @@ def open_safetensors(path: Path, column: str | None = None) -> Source:
     count, dims = shapes[name]
 
     def read(rows: int) -> Iterator[Vectors]:
-        with safe_open(path, framework="numpy") as file:
-            table = file.get_slice(name)
-            for start in range(0, count, rows):
-                yield table[start : min(start + rows, count)]
+        for start in range(0, count, rows):
+            # Opened anew, so that the pages of the last block are given back.
+            with safe_open(path, framework="numpy") as file:
+                yield file.get_slice(name)[start : min(start + rows, count)]
 
     return Source(path.name, count, dims, dtypes[name], read)
 
@@ -263,9 +279,11 @@ def npz_rows(path: Path, name: str, rows: int) -> Iterator[np.ndarray]:
     with zipfile.ZipFile(path) as archive, archive.open(name + ".npy") as file:
         shape, fortran, dtype = npy_header(file, path)
         if fortran:
-            with np.load(path, allow_pickle=False) as whole:
-                array = whole[name]
-            yield from (array[s : s + rows] for s in range(0, len(array), rows))
+            # Its rows lie scattered over the whole stream: they are picked from a copy on disk.
+            with tempfile.NamedTemporaryFile() as copy:
+                shutil.copyfileobj(file, copy, 2**20)
+                copy.flush()
+                yield from mapped_rows(copy.name, dtype, 0, shape, fortran, rows)
             return
         for start in range(0, shape[0], rows):
             count = min(rows, shape[0] - start)
@@ -364,7 +382,7 @@ def read_qrels(path: Path, queries: int, rows: int) -> dict[int, dict[int, float
             raise ValueError
     except OSError as error:
         raise FewbitsError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, AttributeError, TypeError, RecursionError):
+    except (ValueError, OverflowError, AttributeError, TypeError, RecursionError):
         raise FewbitsError(
             f"{path} is not a table of judgements; each line is: query-row document-row relevance"
         ) from None

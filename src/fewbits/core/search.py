@@ -71,11 +71,11 @@ def exact_search(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int, metr
 
 def pair_scores(queries: np.ndarray, candidates: np.ndarray, metric: str) -> np.ndarray:
     """Score of each query with its own candidates: (q, d) and (q, c, d) → (q, c) float32."""
-    dots = np.einsum("qd,qcd->qc", queries, candidates, dtype=np.float32)
     if metric != "l2":
-        return dots
-    squares = np.einsum("qcd,qcd->qc", candidates, candidates, dtype=np.float32)
-    return 2 * dots - squares - np.einsum("qd,qd->q", queries, queries)[:, None]
+        return np.einsum("qd,qcd->qc", queries, candidates, dtype=np.float32)
+    # Not by the squares of both: far from the origin their difference drowns in rounding.
+    apart = candidates - queries[:, None]
+    return -np.einsum("qcd,qcd->qc", apart, apart, dtype=np.float32)
 
 
 def rescore(

@@ -11,7 +11,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from fewbits.core.checks import NUMBERS, as_ragged, check_ragged, check_vectors, unit_rows
+from fewbits.core.checks import NUMBERS, as_array, as_ragged, check_ragged, check_vectors, unit_rows
 from fewbits.core.codec import Vectors
 from fewbits.core.errors import FewbitsError
 from fewbits.primitives.ragged import Ragged, join
@@ -24,6 +24,7 @@ UNREADABLE = (
     ValueError,
     EOFError,
     KeyError,
+    MemoryError,
     OverflowError,
     RuntimeError,
     struct.error,
@@ -67,10 +68,14 @@ class Source:
         self.bytes_per_item = self.vectors * dims * np.dtype(dtype).itemsize / rows
         if parts:
             self.bytes_per_item = sum(part.bytes_per_item * part.rows for part in parts) / rows
-        self.parts = parts or [self]
-        self._read, self._array = read, array
+        self._read, self._array, self._parts = read, array, parts
         self.file: IO[bytes] | None = None
         """A temporary file that must live as long as this source."""
+
+    @property
+    def parts(self) -> list[Source]:
+        # Made when asked for: a source that holds itself would keep its temporary file for long.
+        return self._parts or [self]
 
     @property
     def block_rows(self) -> int:
@@ -89,10 +94,13 @@ class Source:
         with readable(self.name):
             for block in self._read(rows or self.block_rows):
                 count += len(block)
+                if count > self.rows:
+                    break
                 yield block
         if count != self.rows:
+            has = "more" if count > self.rows else str(count)
             raise FewbitsError(
-                f"{self.name} is damaged: it announces {self.rows} rows, but has {count}"
+                f"{self.name} is damaged: it announces {self.rows} rows, but has {has}"
             )
 
     def blocks(self, rows: int | None = None, *, normalize: bool = False) -> Iterator[Any]:
@@ -211,7 +219,7 @@ def choose(path: object, asked: str | None, names: list[str]) -> str:
 
 
 def array_source(name: str, array: np.ndarray) -> Source:
-    """A table in memory, or mapped."""
+    """A table in memory."""
     check_table(name, array.shape, array.dtype.name)
 
     def read(rows: int) -> Iterator[Vectors]:
@@ -235,9 +243,6 @@ def memory_source(x: Any) -> Source:
     name = "the input"
     if isinstance(x, Ragged):
         return ragged_source(name, as_ragged(x, name))
-    try:
-        of_sets = isinstance(x, (list, tuple)) and len(x) > 0 and np.ndim(x[0]) >= 2
-        table = None if of_sets else np.asarray(x)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise FewbitsError(f"{name} is no table of vectors of one width: {error}") from None
-    return ragged_source(name, as_ragged(x, name)) if table is None else array_source(name, table)
+    if isinstance(x, (list, tuple)) and len(x) > 0 and as_array(x[0], name).ndim >= 2:
+        return ragged_source(name, as_ragged(x, name))
+    return array_source(name, as_array(x, name))

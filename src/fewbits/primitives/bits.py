@@ -29,7 +29,8 @@ def pack(numbers: np.ndarray, bits: int) -> np.ndarray:
             packed |= padded[:, place::each] << np.uint8(place * bits)
         return packed
     spread = (numbers[:, :, None] >> np.arange(bits, dtype=np.uint8)) & 1
-    return np.packbits(spread.reshape(len(numbers), -1), axis=1, bitorder="little")
+    spread = spread.reshape(len(numbers), numbers.shape[1] * bits)
+    return np.packbits(spread, axis=1, bitorder="little")
 
 
 def unpack(packed: np.ndarray, dims: int, bits: int) -> np.ndarray:

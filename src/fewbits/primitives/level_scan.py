@@ -20,6 +20,17 @@ OVERSAMPLE, OVERSAMPLE_SCALED = 2, 4
 factors of their own, which it does not see."""
 QUERIES_AT_A_TIME = 2
 """Queries whose tables share the registers. Measured 2 to 11 % faster than what faiss chooses."""
+BLOCK_CELLS = 4_000_000
+"""Numbers in memory at a time where all rows are scored exactly."""
+
+
+def nearly_alike(scale: np.ndarray) -> bool:
+    """Whether the coarse scan, which does not see these factors, still finds the best rows.
+
+    Measured on random rows: it finds 99.5 % at a deviation of a tenth, and 86 % at a fifth.
+    """
+    mean = scale.mean()
+    return bool(scale.std() <= 0.1 * mean and scale.max() <= 2 * mean)
 
 
 def grid_index(packed: np.ndarray, dims: int, bits: int, levels: np.ndarray) -> Any:
@@ -44,7 +55,8 @@ class LevelScan:
     packed : (n, ceil(dims·bits/8)) uint8, as `bits.pack` makes them.
     dims, bits : numbers per row, and bits per number (1, 2 or 4).
     levels : (2^bits,) float32, what each number stands for.
-    scale : (n,) factor of each row's score, or None for 1.
+    scale : (n,) factor of each row's score, or None for 1. Where the factors are not
+        `nearly_alike`, all rows are scored exactly, which is slower.
     """
 
     def __init__(
@@ -63,16 +75,22 @@ class LevelScan:
             scale,
         )
         self.padded = packed_width(dims, bits) * 8 // bits
-        self.index = grid_index(packed, self.padded, bits, levels)
+        self.index = None
+        if scale is None or nearly_alike(scale):
+            self.index = grid_index(packed, self.padded, bits, levels)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Scores (q, k) float32 and rows (q, k) int64, best first. O(q·n·dims·bits/4) look-ups."""
+        if self.index is None:
+            return self.search_all(queries, k)
         times = OVERSAMPLE if self.scale is None else OVERSAMPLE_SCALED
         keep = min(times * (k + 16), len(self.packed))
         padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
         _, rows = self.index.search(np.ascontiguousarray(padded, dtype=np.float32), keep)
-        # A query of zeros scores all rows alike, and faiss finds none; then the first will do.
-        rows[(rows < 0).any(axis=1)] = np.arange(keep)
+        # faiss leaves out rows whose coarse score is the worst possible; any of them will do.
+        for found in np.flatnonzero((rows < 0).any(axis=1)):
+            missing = rows[found] < 0
+            rows[found, missing] = np.setdiff1d(np.arange(keep), rows[found])[: missing.sum()]
         scores = np.concatenate(
             [self.score(queries[s : s + 64], rows[s : s + 64]) for s in range(0, len(rows), 64)]
         )
@@ -81,6 +99,28 @@ class LevelScan:
             np.take_along_axis(scores, order, axis=1),
             np.take_along_axis(rows, order, axis=1).astype(np.int64),
         )
+
+    def search_all(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `search`, from the exact scores of all rows. O(q·n·dims)."""
+        faiss: Any = importlib.import_module("faiss")
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        scores = np.empty((len(queries), 0), dtype=np.float32)
+        rows = np.empty((len(queries), 0), dtype=np.int64)
+        step = max(1, BLOCK_CELLS // self.dims)
+        for start in range(0, len(self.packed), step):
+            block = slice(start, start + step)
+            values = self.levels[unpack(self.packed[block], self.dims, self.bits)]
+            if self.scale is not None:
+                values *= self.scale[block, None]
+            found = faiss.knn(
+                queries, values, min(k, len(values)), metric=faiss.METRIC_INNER_PRODUCT
+            )
+            scores = np.concatenate([scores, found[0]], axis=1)
+            rows = np.concatenate([rows, found[1] + start], axis=1)
+            order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            scores = np.take_along_axis(scores, order, axis=1)
+            rows = np.take_along_axis(rows, order, axis=1)
+        return scores, rows
 
     def score(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Exact scores (q, c) of the candidate rows of each query; -inf for row -1."""

@@ -11,8 +11,9 @@ def overlap(found: np.ndarray, truth: np.ndarray, k: int) -> float:
     Both are (q, ≥k) row numbers without repetition in a row; -1 matches nothing. O(q·k log k).
     """
     found, truth = found[:, :k], truth[:, :k]
-    joined = np.sort(np.concatenate([np.where(found < 0, -2, found), truth], axis=1), axis=1)
-    return float((joined[:, 1:] == joined[:, :-1]).sum() / truth.size)
+    joined = np.sort(np.concatenate([found, truth], axis=1), axis=1)
+    shared = (joined[:, 1:] == joined[:, :-1]) & (joined[:, 1:] >= 0)
+    return float(shared.sum() / truth.size)
 
 
 def hit_rate(found: np.ndarray, answers: np.ndarray, k: int) -> float:
@@ -28,7 +29,10 @@ def mean_reciprocal_rank(found: np.ndarray, answers: np.ndarray) -> float:
 
 
 def ndcg(found: np.ndarray, judged: dict[int, dict[int, float]], k: int) -> float:
-    """Mean nDCG@k over the judged queries; unjudged documents count as not relevant."""
+    """Mean nDCG@k over the queries that have a relevant document, with gains as judged.
+
+    Documents that are not judged count as not relevant.
+    """
     discount = 1 / np.log2(np.arange(2, k + 2))
     values = []
     for query, relevance in judged.items():

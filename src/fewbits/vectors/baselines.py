@@ -19,13 +19,25 @@ from fewbits.core.search import Matches, Searcher
 from fewbits.primitives.bits import pack, packed_width, unpack
 from fewbits.primitives.level_scan import LevelScan
 from fewbits.primitives.lloyd_max import nearest_level, normal_levels
-from fewbits.primitives.rotation import random_rotation
+from fewbits.primitives.rotation import project, random_rotation
 
 
 def byte_grid(dims: int, most: int | None = None) -> list[int]:
     """Sizes in bytes from dims/32 to dims/4 (16 to 128 times smaller than float32)."""
     sizes = [dims // part for part in (32, 16, 8, 4)]
     return sorted({size for size in sizes if size >= 2 and (most is None or size <= most)})
+
+
+def check_arrays(name: str, **arrays: tuple[np.ndarray, tuple[int, ...]]) -> None:
+    """Raise ValueError unless each array is float32 of the shape beside it."""
+    for what, (array, shape) in arrays.items():
+        if array.shape != shape or array.dtype != np.float32:
+            raise ValueError(f"{name}: {what} must be float32 of shape {shape}")
+
+
+def check_bits(name: str, bits: int) -> None:
+    if not 1 <= bits <= 8:
+        raise FewbitsError(f"{name}: bits={bits} must be between 1 and 8")
 
 
 class FaissSearcher:
@@ -101,8 +113,7 @@ class Int8(FaissCodec):
         self.range_ = np.stack([low, x.max(axis=0) - low])
 
     def _check_state(self) -> None:
-        if self.range_.shape != (2, self.dims_) or self.range_.dtype != np.float32:
-            raise ValueError("int8: range must be (2, d) float32")
+        check_arrays(self.name, range=(self.range_, (2, self.dims_)))
 
     def _index(self, metric: str) -> Any:
         import faiss
@@ -112,14 +123,6 @@ class Int8(FaissCodec):
         faiss.copy_array_to_vector(self.range_.ravel(), index.sq.trained)
         index.is_trained = True
         return index
-
-
-def check_bytes(name: str, size: int, dims: int, rows: int) -> None:
-    """Whether a product quantizer of `size` bytes can be learned from (rows, dims)."""
-    if not 1 <= size <= dims:
-        raise FewbitsError(f"{name}: bytes={size} must be between 1 and the dimensions, {dims}")
-    if rows < 256:
-        raise FewbitsError(f"{name} learns 256 centroids and needs at least 256 rows, not {rows}")
 
 
 @dataclass
@@ -144,9 +147,10 @@ class PQ(FaissCodec):
         return [f"pq:bytes={size}" for size in byte_grid(dims)] if rows >= 256 else []
 
     def _fit(self, x: np.ndarray) -> None:
-        check_bytes(self.name, self.bytes, self.dims_, len(x))
-        quantizer = self._quantizer(self.padded_dims)
-        quantizer.train(np.pad(x, ((0, 0), (0, self.padded_dims - self.dims_))))
+        self._check_parameters()
+        self._check_rows(len(x))
+        quantizer = self._quantizer()
+        quantizer.train(np.pad(x, ((0, 0), (0, self.coded_dims - self.dims_))))
         self._keep(quantizer)
 
     def _keep(self, quantizer: Any) -> None:
@@ -156,27 +160,40 @@ class PQ(FaissCodec):
         self.centroids_ = flat.reshape(self.bytes, 256, -1)
 
     @property
-    def padded_dims(self) -> int:
+    def coded_dims(self) -> int:
+        """Dimensions that the centroids cover together."""
         return -(-self.dims_ // self.bytes) * self.bytes
 
-    def _quantizer(self, dims: int) -> Any:
+    def _check_parameters(self) -> None:
+        if not 1 <= self.bytes <= self.dims_:
+            raise FewbitsError(
+                f"{self.name}: bytes={self.bytes} must be between 1 and the dimensions, "
+                f"{self.dims_}"
+            )
+
+    def _check_rows(self, rows: int) -> None:
+        if rows < 256:
+            raise FewbitsError(
+                f"{self.name} learns 256 centroids and needs at least 256 rows, not {rows}"
+            )
+
+    def _quantizer(self) -> Any:
         import faiss
 
-        quantizer = faiss.ProductQuantizer(dims, self.bytes, 8)
+        quantizer = faiss.ProductQuantizer(self.coded_dims, self.bytes, 8)
         quantizer.cp.seed = self.seed + 1
         quantizer.cp.min_points_per_centroid = 1  # small collections are fine; do not warn
         return quantizer
 
     def _check_state(self) -> None:
-        shape = self.centroids_.shape
-        if len(shape) != 3 or shape[:2] != (self.bytes, 256) or self.centroids_.dtype != np.float32:
-            raise ValueError(f"{self.name}: centroids must be (bytes, 256, d / bytes) float32")
+        self._check_parameters()
+        shape = (self.bytes, 256, self.coded_dims // self.bytes)
+        check_arrays(self.name, centroids=(self.centroids_, shape))
 
     def _index(self, metric: str) -> Any:
         import faiss
 
-        dims = self.bytes * self.centroids_.shape[2]
-        index = faiss.IndexPQ(dims, self.bytes, 8, faiss_metric(metric))
+        index = faiss.IndexPQ(self.coded_dims, self.bytes, 8, faiss_metric(metric))
         faiss.copy_array_to_vector(
             np.ascontiguousarray(self.centroids_).ravel(), index.pq.centroids
         )
@@ -224,32 +241,40 @@ class OPQ(PQ):
     def _fit(self, x: np.ndarray) -> None:
         import faiss
 
-        check_bytes(self.name, self.bytes, self.dims_, len(x))
-        dims = self.dims_ // self.bytes * self.bytes if self.dims is None else self.dims
-        if dims % self.bytes or not 1 <= dims <= self.dims_:
-            raise FewbitsError(
-                f"opq: dims={dims} must be a multiple of bytes={self.bytes}, at most {self.dims_}"
-            )
-        if self.rounds < 1:
-            raise FewbitsError(f"opq: rounds={self.rounds} must be at least 1")
-        learner = faiss.OPQMatrix(self.dims_, self.bytes, dims)
-        quantizer = self._quantizer(dims)
+        self._check_parameters()
+        self._check_rows(len(x))
+        learner = faiss.OPQMatrix(self.dims_, self.bytes, self.coded_dims)
+        quantizer = self._quantizer()
         learner.pq = quantizer
         learner.niter = self.rounds
         learner.train(x)
-        rotation = faiss.vector_to_array(learner.A).reshape(dims, self.dims_).T
+        rotation = faiss.vector_to_array(learner.A).reshape(self.coded_dims, self.dims_).T
         self.rotation_ = np.ascontiguousarray(rotation)
-        final = self._quantizer(dims)
+        final = self._quantizer()
         final.train(np.ascontiguousarray(x @ self.rotation_))
         self._keep(final)
 
+    @property
+    def coded_dims(self) -> int:
+        """Dimensions kept after the rotation."""
+        return self.dims_ // self.bytes * self.bytes if self.dims is None else self.dims
+
+    def _check_parameters(self) -> None:
+        super()._check_parameters()
+        if self.coded_dims % self.bytes or not 1 <= self.coded_dims <= self.dims_:
+            raise FewbitsError(
+                f"opq: dims={self.dims} must be a multiple of bytes={self.bytes}, at most "
+                f"{self.dims_}"
+            )
+        if self.rounds < 1:
+            raise FewbitsError(f"opq: rounds={self.rounds} must be at least 1")
+
     def _check_state(self) -> None:
         super()._check_state()
-        if self.rotation_.shape != (self.dims_, self.bytes * self.centroids_.shape[2]):
-            raise ValueError("opq: rotation and centroids do not fit together")
+        check_arrays(self.name, rotation=(self.rotation_, (self.dims_, self.coded_dims)))
 
     def _encode(self, x: np.ndarray) -> State:
-        return super()._encode(x @ self.rotation_)
+        return super()._encode(project(x, self.rotation_))
 
     def _decode(self, code: Code) -> np.ndarray:
         decoded = self._index("ip").sa_decode(np.ascontiguousarray(code["codes"]))
@@ -282,16 +307,14 @@ class RaBitQ(FaissCodec):
         return [f"rabitq:bits={bits}" for bits in (1, 2, 3, 4, 8)]
 
     def _fit(self, x: np.ndarray) -> None:
-        if not 1 <= self.bits <= 8:
-            raise FewbitsError(f"rabitq: bits={self.bits} must be between 1 and 8")
+        check_bits(self.name, self.bits)
         self.rotation_ = random_rotation(self.dims_, self.seed)
         self.center_ = (x.mean(axis=0) @ self.rotation_).astype(np.float32)
 
     def _check_state(self) -> None:
-        if not 1 <= self.bits <= 8:
-            raise ValueError("rabitq: bits must be between 1 and 8")
-        if self.rotation_.shape != (self.dims_, self.dims_) or self.center_.shape != (self.dims_,):
-            raise ValueError("rabitq: rotation and centre do not fit together")
+        check_bits(self.name, self.bits)
+        square, row = (self.dims_, self.dims_), (self.dims_,)
+        check_arrays(self.name, rotation=(self.rotation_, square), center=(self.center_, row))
 
     def _index(self, metric: str) -> Any:
         import faiss
@@ -303,8 +326,7 @@ class RaBitQ(FaissCodec):
         return index
 
     def _encode(self, x: np.ndarray) -> State:
-        rotated = np.ascontiguousarray(x @ self.rotation_)
-        return {"codes": self._index("l2").sa_encode(rotated)}
+        return {"codes": self._index("l2").sa_encode(project(x, self.rotation_))}
 
     def _decode(self, code: Code) -> np.ndarray:
         """The vectors whose inner products are the unbiased estimates.
@@ -333,7 +355,20 @@ class RaBitQ(FaissCodec):
         # The factors are those of the L2 estimator, which ranks unit vectors by cosine too.
         if metric == "ip":
             return DecodingSearcher(self, code, metric)
-        return FaissSearcher(self._index("l2"), code["codes"], self.rotation_)
+        searcher = FaissSearcher(self._index("l2"), code["codes"], self.rotation_)
+        return CosineSearcher(searcher) if metric == "cosine" else searcher
+
+
+class CosineSearcher:
+    """Turns the distances that a search among unit rows finds into inner products."""
+
+    def __init__(self, inner: Searcher) -> None:
+        self.inner = inner
+
+    def search(self, queries: np.ndarray, k: int) -> Matches:
+        scores, rows = self.inner.search(queries, k)
+        squares = np.einsum("qd,qd->q", queries, queries)
+        return (scores + squares[:, None] + 1) / 2, rows
 
 
 @dataclass
@@ -358,13 +393,12 @@ class TurboQuant(Codec):
         return [f"turboquant:bits={bits}" for bits in (1, 2, 3, 4)]
 
     def _fit(self, x: np.ndarray) -> None:
-        if not 1 <= self.bits <= 8:
-            raise FewbitsError(f"turboquant: bits={self.bits} must be between 1 and 8")
+        check_bits(self.name, self.bits)
         self.rotation_ = random_rotation(self.dims_, self.seed)
 
     def _check_state(self) -> None:
-        if not 1 <= self.bits <= 8 or self.rotation_.shape != (self.dims_, self.dims_):
-            raise ValueError("turboquant: bits from 1 to 8 and a (d, d) rotation are needed")
+        check_bits(self.name, self.bits)
+        check_arrays(self.name, rotation=(self.rotation_, (self.dims_, self.dims_)))
 
     @property
     def levels(self) -> np.ndarray:
@@ -375,7 +409,7 @@ class TurboQuant(Codec):
         if norms.max() > np.finfo(np.float16).max:
             raise FewbitsError("turboquant holds norms up to 65504; scale the vectors first")
         unit = x / np.where(norms == 0, 1, norms)[:, None]
-        numbers = nearest_level(unit @ self.rotation_, self.levels)
+        numbers = nearest_level(project(unit, self.rotation_), self.levels)
         return {"packed": pack(numbers, self.bits), "norms": norms.astype(np.float16)}
 
     def _decode(self, code: Code) -> np.ndarray:
@@ -386,21 +420,28 @@ class TurboQuant(Codec):
     def _searcher(self, code: Code, metric: str) -> Searcher:
         if metric == "l2" or self.bits not in (1, 2, 4):
             return DecodingSearcher(self, code, metric)
-        scale = code["norms"].astype(np.float32)
-        scan = LevelScan(code["packed"], self.dims_, self.bits, self.levels, scale)
+        norms = code["norms"].astype(np.float32)
+        scan = LevelScan(code["packed"], self.dims_, self.bits, self.levels, norms)
         return PreparedSearcher(lambda queries: queries @ self.rotation_, scan)
 
 
 class PreparedSearcher:
-    """Applies a function to the queries, then searches."""
+    """Applies a function to the queries, then searches.
+
+    Where rows are searched without their `mean`, its inner product with the query is added.
+    """
 
     def __init__(
-        self, prepare: Callable[[np.ndarray], np.ndarray], inner: Searcher | LevelScan
+        self,
+        prepare: Callable[[np.ndarray], np.ndarray],
+        inner: Searcher | LevelScan,
+        mean: np.ndarray | None = None,
     ) -> None:
-        self.prepare, self.inner = prepare, inner
+        self.prepare, self.inner, self.mean = prepare, inner, mean
 
     def search(self, queries: np.ndarray, k: int) -> Matches:
-        return self.inner.search(self.prepare(queries), k)
+        scores, rows = self.inner.search(self.prepare(queries), k)
+        return (scores if self.mean is None else scores + (queries @ self.mean)[:, None]), rows
 
 
 @dataclass
@@ -417,6 +458,11 @@ class SignCodec(Codec):
     scale_: np.ndarray = learned()
     """(b,) float32: mean size of each coordinate whose sign is kept."""
 
+    @property
+    def width(self) -> int:
+        """Signs per row."""
+        return self.dims_
+
     def _fit(self, x: np.ndarray) -> None:
         self.mean_ = x.mean(axis=0)
         self.scale_ = np.abs(self._coordinates(x - self.mean_)).mean(axis=0)
@@ -430,8 +476,8 @@ class SignCodec(Codec):
         return values
 
     def _check_state(self) -> None:
-        if self.mean_.shape != (self.dims_,) or self.scale_.shape != (self.dims_,):
-            raise ValueError(f"{self.name}: mean and scale do not fit together")
+        mean, scale = (self.mean_, (self.dims_,)), (self.scale_, (self.width,))
+        check_arrays(self.name, mean=mean, scale=scale)
 
     def _signs(self, x: np.ndarray) -> np.ndarray:
         return pack(self._coordinates(x - self.mean_) > 0, 1)
@@ -440,7 +486,7 @@ class SignCodec(Codec):
         return {"bits": self._signs(x)}
 
     def _decode(self, code: Code) -> np.ndarray:
-        signs = unpack(code["bits"], len(self.scale_), 1).astype(np.float32) * 2 - 1
+        signs = unpack(code["bits"], self.width, 1).astype(np.float32) * 2 - 1
         centred = self._from_coordinates(signs * self.scale_)
         return np.asarray(self.mean_ + centred, dtype=np.float32)
 
@@ -452,8 +498,10 @@ class SignCodec(Codec):
         if metric == "l2":
             return DecodingSearcher(self, code, metric)
         signs = np.array([-1, 1], dtype=np.float32)
-        scan = LevelScan(code["bits"], len(self.scale_), 1, signs)
-        return PreparedSearcher(lambda q: self._query_coordinates(q) * self.scale_, scan)
+        scan = LevelScan(code["bits"], self.width, 1, signs)
+        return PreparedSearcher(
+            lambda queries: self._query_coordinates(queries) * self.scale_, scan, self.mean_
+        )
 
 
 @dataclass
@@ -467,6 +515,9 @@ class Sign(SignCodec):
 class ProjectedSignCodec(SignCodec):
     """Signs of linear projections. Subclasses find the projection."""
 
+    bits: int | None = None
+    seed: int = 0
+
     projection_: np.ndarray = learned()
     """(d, b) float32."""
 
@@ -474,12 +525,16 @@ class ProjectedSignCodec(SignCodec):
         """Learn the (d, b) projection from centred rows."""
         raise NotImplementedError  # abstract
 
+    @property
+    def width(self) -> int:
+        return self.dims_ if self.bits is None else self.bits
+
     def _fit(self, x: np.ndarray) -> None:
         self.projection_ = np.asarray(self._project(x - x.mean(axis=0)), dtype=np.float32)
         super()._fit(x)
 
     def _coordinates(self, centred: np.ndarray) -> np.ndarray:
-        return np.asarray(centred @ self.projection_)
+        return project(centred, self.projection_)
 
     def _from_coordinates(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(values @ np.linalg.pinv(self.projection_))
@@ -488,10 +543,8 @@ class ProjectedSignCodec(SignCodec):
         return np.asarray(queries @ np.linalg.pinv(self.projection_).T)
 
     def _check_state(self) -> None:
-        if self.mean_.shape != (self.dims_,) or self.scale_.ndim != 1:
-            raise ValueError(f"{self.name}: mean and scale do not fit together")
-        if self.projection_.shape != (self.dims_, len(self.scale_)):
-            raise ValueError(f"{self.name}: projection and scale do not fit together")
+        super()._check_state()
+        check_arrays(self.name, projection=(self.projection_, (self.dims_, self.width)))
 
 
 @dataclass
@@ -506,20 +559,18 @@ class LSH(ProjectedSignCodec):
 
     name: ClassVar[str] = "lsh"
 
-    bits: int | None = None
-    seed: int = 0
-
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
         return [f"lsh:bits={bits}" for bits in (dims // 2, dims, 2 * dims) if bits >= 8]
 
     def _project(self, centred: np.ndarray) -> np.ndarray:
-        bits = self.dims_ if self.bits is None else self.bits
-        if bits < 1 or bits > 64 * self.dims_:
-            raise FewbitsError(f"lsh: bits={bits} must be between 1 and 64 times the dimensions")
-        blocks = -(-bits // self.dims_)
+        if not 1 <= self.width <= 64 * self.dims_:
+            raise FewbitsError(
+                f"lsh: bits={self.bits} must be between 1 and 64 times the dimensions"
+            )
+        blocks = -(-self.width // self.dims_)
         turns = [random_rotation(self.dims_, self.seed * 64 + block) for block in range(blocks)]
-        return np.concatenate(turns, axis=1)[:, :bits]
+        return np.concatenate(turns, axis=1)[:, : self.width]
 
 
 @dataclass
@@ -535,21 +586,17 @@ class ITQ(ProjectedSignCodec):
 
     name: ClassVar[str] = "itq"
 
-    bits: int | None = None
-    seed: int = 0
-
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
         return [f"itq:bits={bits}" for bits in (dims // 2, dims) if 8 <= bits < rows]
 
     def _project(self, centred: np.ndarray) -> np.ndarray:
-        bits = self.dims_ if self.bits is None else self.bits
-        if not 1 <= bits <= self.dims_:
-            raise FewbitsError(f"itq: bits={bits} must be between 1 and the dimensions")
+        if not 1 <= self.width <= self.dims_:
+            raise FewbitsError(f"itq: bits={self.bits} must be between 1 and the dimensions")
         _, vectors = np.linalg.eigh(centred.T.astype(np.float64) @ centred)
-        directions = vectors[:, ::-1][:, :bits].astype(np.float32)
+        directions = vectors[:, ::-1][:, : self.width].astype(np.float32)
         reduced = centred @ directions
-        rotation = random_rotation(bits, self.seed)
+        rotation = random_rotation(self.width, self.seed)
         for _ in range(50):
             left, _, right = np.linalg.svd(reduced.T @ np.where(reduced @ rotation > 0, 1.0, -1.0))
             rotation = (left @ right).astype(np.float32)
