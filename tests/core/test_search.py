@@ -134,7 +134,7 @@ def test_merge_puts_the_earlier_of_equal_matches_first() -> None:
 def test_merge_leaves_missing_rows_missing() -> None:
     lowest = float(np.finfo(np.float32).min)
     best, block = matches((5, 3), (lowest, -1)), matches((7, 0), (lowest, -1))
-    assert merged(best, block, 10, 3) == [(7, 10), (5, 3), (lowest, -1)]
+    assert merged(best, block, 10, 9) == [(7, 10), (5, 3), (lowest, -1), (lowest, -1)]
 
 
 def test_merge_goes_query_by_query() -> None:

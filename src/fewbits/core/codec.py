@@ -132,7 +132,7 @@ class Codec:
     def decode(self, code: Code) -> np.ndarray:
         """(n, d) float32: what `code` remembers of the items."""
         self.check_code(code)
-        return self._decode(code)
+        return np.asarray(self._decode(code), dtype=np.float32)
 
     def searcher(self, code: Code, metric: str = "cosine") -> Searcher:
         """Prepare `code` for searching with float queries."""

@@ -22,6 +22,7 @@ from fewbits.core.search import Matches, check_metric, search_array
 from fewbits.core.source import Source, sample_rows
 from fewbits.primitives.ragged import Ragged, chamfer
 from fewbits.primitives.retrieval import ndcg, overlap
+from fewbits.primitives.sketch import value_hash
 
 TARGET = "recall@10"
 CUTS = (1, 10, 100)
@@ -229,7 +230,9 @@ def exact(queries: Any, items: Any, k: int, metric: str) -> Matches:
 
 def first_equal(items: Any) -> np.ndarray:
     """(n,) the first item that is the same as each. O(n log n), and reads every item."""
-    hashes = np.fromiter((hash(item.tobytes()) for item in items), np.int64, len(items))
+    hashes = value_hash(items.flat if isinstance(items, Ragged) else items)
+    if isinstance(items, Ragged):
+        hashes = np.add.reduceat(hashes, items.offsets[:-1])  # a set has no order
     _, first, group = np.unique(hashes, return_index=True, return_inverse=True)
     return first[group]
 

@@ -30,6 +30,7 @@ from fewbits.core.errors import FewbitsError, require
 from fewbits.core.search import Matches, Searcher, exact_search, search_array
 from fewbits.primitives.pca import Moments, PrincipalComponents, principal_components
 from fewbits.primitives.retrieval import overlap
+from fewbits.primitives.rotation import project
 
 PIPELINES = {
     "pca-f32": "pca-rag:dims={dims}",
@@ -215,7 +216,7 @@ class PCARAG(Transform):
         return {"vectors": y.astype(self.dtype)}
 
     def _project(self, x: np.ndarray) -> np.ndarray:
-        return np.asarray(x @ self.components_.T)
+        return project(x, self.components_.T)
 
     def _undo_whitening(self, y: np.ndarray) -> np.ndarray:
         return y * self._spread
@@ -392,17 +393,21 @@ class PCARAG(Transform):
         dimensions, 2 bits at small sizes, and OPQ with two or four components per byte.
         """
         half, quarter, most = dims // 2, dims // 4, dims * 3 // 4
+        eighth = dims // 8
         candidates = [
-            *((kept, ",dtype=float16") for kept in (dims // 16, dims // 8, quarter, half)),
-            (quarter, "+turboquant:bits=2"),
-            *((kept, "+turboquant:bits=4") for kept in (dims // 8, quarter, half, most)),
-            (most, "+turboquant:bits=6"),
-            *((kept, "+int8") for kept in (quarter, half, most)),
+            *((2 * kept, kept, ",dtype=float16") for kept in (dims // 16, eighth, quarter, half)),
+            (quarter // 4 + 2, quarter, "+turboquant:bits=2"),
+            *(
+                (kept // 2 + 2, kept, "+turboquant:bits=4")
+                for kept in (eighth, quarter, half, most)
+            ),
+            (most * 3 // 4 + 2, most, "+turboquant:bits=6"),
+            *((kept, kept, "+int8") for kept in (quarter, half, most)),
         ]
         if rows >= 256 and dims >= 16:
-            candidates += [(half, f"+opq:bytes={size}") for size in (dims // 8, quarter)]
-        kept_few = sorted(pair for pair in candidates if 1 <= pair[0] < rows)
-        return [f"pca-rag:dims={kept}{rest}" for kept, rest in dict.fromkeys(kept_few)]
+            candidates += [(size, half, f"+opq:bytes={size}") for size in (eighth, quarter)]
+        possible = sorted(row for row in candidates if 1 <= row[1] < rows)
+        return list(dict.fromkeys(f"pca-rag:dims={kept}{rest}" for _, kept, rest in possible))
 
     # -- other libraries --------------------------------------------------------------------
 
