@@ -181,7 +181,7 @@ def other_shape(array: np.ndarray, rng: random.Random) -> np.ndarray:
         lambda a: a.T,
         lambda a: np.resize(a, ()),
     ]
-    return rng.choice(changes)(array)
+    return rng.choice(changes)(array) if array.ndim else array[None]
 
 
 def other_values(array: np.ndarray, rng: random.Random) -> np.ndarray:
@@ -194,7 +194,7 @@ def other_values(array: np.ndarray, rng: random.Random) -> np.ndarray:
 
 def other_type(array: np.ndarray, rng: random.Random) -> np.ndarray:
     kinds = ("u1", "i1", "i8", "f2", "f4", "f8", "?")
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # not every number fits into every type
         return np.asarray(array.astype(rng.choice(kinds)))
 
 
