@@ -416,6 +416,18 @@ def test_method_without_settings_for_this_size_says_why(
     assert "nothing could be compared: pq: bytes=48 must be" in refusal(x, methods="pq")
 
 
+def test_method_whose_library_gives_up_is_left_out(
+    x: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def give_up(self: Any, x: np.ndarray) -> None:
+        raise RuntimeError("Error in train:\n  no memory")
+
+    monkeypatch.setattr("fewbits.vectors.baselines.Int8._fit", give_up)
+    comparison = compare(x, methods=["int8", "sign"])
+    assert [point.spec for point in comparison.points] == ["sign"]
+    assert comparison.left_out == [{"method": "int8", "why": "Error in train: no memory"}]
+
+
 def test_missing_extra_is_left_out_by_name(x: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [find("bebr"), find("int8")]
     monkeypatch.setattr("fewbits.core.compare.codecs", lambda room: rows)

@@ -511,7 +511,9 @@ def test_other_shards_or_another_fitted_codec_do_not_go_on_with_it(
     assert says in refusal(shards, unfinished, method="int8")
 
 
-def test_codec_of_the_same_options_goes_on_with_it(shards: Path, tmp_path: Path) -> None:
+def test_codec_of_the_same_options_goes_on_with_it(
+    x: np.ndarray, shards: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "codes"
     encode(shards, output, method=Sign())
     (output / "part-00002.fewbits").unlink()
@@ -520,6 +522,9 @@ def test_codec_of_the_same_options_goes_on_with_it(shards: Path, tmp_path: Path)
     encode(shards, output, method=fitted, overwrite=True)
     (output / "part-00000.fewbits").unlink()
     assert len(encode(shards, output, method=fitted)) == ROWS
+    (output / "part-00000.fewbits").unlink()
+    says = "holds another encoding"
+    assert says in refusal(shards, output, method=Sign().fit(x))  # learned something else
 
 
 def test_overwriting_replaces_all_parts_and_nothing_else(
