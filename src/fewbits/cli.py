@@ -360,7 +360,9 @@ def add_input(made: argparse.ArgumentParser) -> None:
         help="cosine (scales rows to unit length; the default), inner product, or distance",
     )
     made.add_argument("--column", help="column or array to read, where there are several")
-    made.add_argument("--seed", type=int, default=0, help="of samples and methods (0)")
+    made.add_argument(
+        "--seed", type=int, default=0, help="of samples; a method has its own, as an option (0)"
+    )
     made.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -732,3 +732,20 @@ def test_option_that_may_be_none_is_written_as_none() -> None:
     codec = from_spec("opq:dims=none,bytes=2")
     assert codec.parameters()["dims"] is None
     assert "dims=none" in codec.full_spec
+
+
+def test_file_of_a_version_with_fewer_options_still_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = np.random.default_rng(0).standard_normal((300, 16)).astype(np.float32)
+    codec = from_spec("lsh:bits=8").fit(x)
+    with monkeypatch.context() as older:
+        older.setattr(type(codec), "full_spec", property(lambda self: "lsh:bits=8"))
+        code = codec.encode(x)
+        expected = codec.decode(code)
+        codec.save(tmp_path / "older.fewbits")
+    loaded = Codec.load(tmp_path / "older.fewbits")
+    np.testing.assert_array_equal(loaded.decode(code), expected)
+    loaded.save(tmp_path / "again.fewbits")
+    assert Codec.load(tmp_path / "again.fewbits").digest == loaded.digest
+    assert loaded.fit(x).digest == from_spec("lsh:bits=8").fit(x).digest

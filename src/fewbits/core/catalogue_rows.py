@@ -116,7 +116,7 @@ PAPERS: tuple[System, ...] = (
            "Builds a quantizer from its parts: grid, clipping, granularity and rounding.",
            "fewbits.weights.quantization_survey:Quantizer", "weights"),
     System("saliency-retraining",
-           "Enhancing Ultra-Low-Bit Quantization of Large Language Models Through Saliency- "
+           "Enhancing Ultra-Low-Bit Quantization of Large Language Models Through Saliency-"
            "Aware Partial Retraining",
            "2504.13932", "weights", "weights",
            "Trains clipping and low-rank adapters per block, holding salient weights in place.",

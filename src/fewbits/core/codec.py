@@ -80,6 +80,8 @@ class Codec:
 
     dims_: int
     """Width d of the vectors this codec was fitted on."""
+    written_spec: str | None = None
+    """The full spec in the file this codec was read from; a later version may have more options."""
 
     # -- what a method writes -------------------------------------------------------------
 
@@ -117,6 +119,7 @@ class Codec:
             check_seed(getattr(stage, "seed", 0))
         x = self._checked_kind(x)
         self.dims_ = width(x)
+        self.written_spec = None
         try:
             self._fit(x)
         except BaseException:
@@ -196,7 +199,8 @@ class Codec:
     def digest(self) -> str:
         """SHA-256 of hyper-parameters, widths and learned arrays."""
         self.require_fitted()
-        return state_digest(self.full_spec, stage_dims(self), pack_state(self))
+        spec = self.written_spec or self.full_spec
+        return state_digest(spec, stage_dims(self), pack_state(self))
 
     def code_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype, shape of one item) of the arrays this codec makes."""
@@ -552,7 +556,8 @@ def describe(codec: Codec) -> dict[str, Any]:
         check_readable(stage)
     if len(codec.full_spec) > SPEC_LIMIT:
         raise FewbitsError(f"the options of {codec.stages[0].name} are too long for a file")
-    return {"spec": codec.full_spec, "dims": stage_dims(codec), "digest": codec.digest}
+    spec = codec.written_spec or codec.full_spec
+    return {"spec": spec, "dims": stage_dims(codec), "digest": codec.digest}
 
 
 def check_readable(stage: Codec) -> None:
@@ -584,6 +589,7 @@ def from_description(about: Any, arrays: State, path: str | Path) -> Codec:
             check_finite(own)
             stage._restore(width_in, own)
         codec.dims_ = dims[0]
+        codec.written_spec = about["spec"]
         if codec.digest != about["digest"]:
             raise ValueError("the codec does not match its digest")
         with np.errstate(all="ignore"):
