@@ -18,7 +18,7 @@ demo: $(READY)
 	$(BIN)/python -m fewbits demo --output demo
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 lint: $(READY)
 	$(BIN)/ruff check .

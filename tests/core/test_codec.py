@@ -369,6 +369,17 @@ def test_load_asks_for_the_right_class(x: np.ndarray, tmp_path: Path) -> None:
     assert isinstance(Codec.load(path), Sign)
 
 
+def test_loaded_codec_that_is_changed_is_another(x: np.ndarray, tmp_path: Path) -> None:
+    loaded = PCARAG.load(PCARAG(dims=6).fit(x).save(tmp_path / "codec.fewbits"))
+    code, before = loaded.encode(x), loaded.digest
+    loaded.scoring = "reduced"
+    assert loaded.digest != before
+    with pytest.raises(FewbitsError, match="made by another codec"):
+        loaded.decode(code)
+    again = PCARAG.load(loaded.save(tmp_path / "changed.fewbits"))
+    assert (again.scoring, again.digest) == ("reduced", loaded.digest)
+
+
 def forge(path: Path, codec: Codec, arrays: dict[str, np.ndarray], **about: Any) -> Path:
     """A codec file whose digests are right, whatever it says."""
     about = {"spec": codec.full_spec, "dims": stage_dims(codec)} | about
@@ -380,19 +391,18 @@ def forge(path: Path, codec: Codec, arrays: dict[str, np.ndarray], **about: Any)
 
 
 def misfits(array: np.ndarray) -> dict[str, np.ndarray]:
-    """What might stand in a file in place of `array`."""
+    """What might stand in a file in place of `array`, and does not fit."""
     found = {
-        "twice": np.concatenate([array, array, array[:1]]),
+        "longer": np.concatenate([array, array, array[:1]]),
         "axis": array[None],
-        "flat": array.reshape(-1)[:1].reshape(()) if array.size else array[None],
+        "scalar": array.reshape(-1)[0] if array.size else np.zeros((), array.dtype),
         "none": array[:0],
     }
+    found = {name: other for name, other in found.items() if other.shape != array.shape}
     if array.dtype.kind == "f" and array.size:
-        found["nan"] = np.where(np.arange(array.size).reshape(array.shape), array, np.nan)
-        found["nan"] = found["nan"].astype(array.dtype)
-    return {name: other for name, other in found.items() if other.shape != array.shape} | {
-        name: other for name, other in found.items() if name == "nan"
-    }
+        found["nan"] = array.copy()
+        found["nan"].reshape(-1)[-1] = np.nan
+    return found
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "float16"])

@@ -80,8 +80,8 @@ class Codec:
 
     dims_: int
     """Width d of the vectors this codec was fitted on."""
-    written_spec: str | None = None
-    """The full spec in the file this codec was read from; a later version may have more options."""
+    written_spec: tuple[str, str] | None = None
+    """The spec in the file this codec was read from, and the full spec it stood for then."""
 
     # -- what a method writes -------------------------------------------------------------
 
@@ -173,6 +173,12 @@ class Codec:
         """Spec string with every hyper-parameter, as files hold it."""
         return format_spec(self.name, self.parameters())
 
+    @property
+    def file_spec(self) -> str:
+        """The full spec, or what the file said where an earlier version had fewer options."""
+        written, then = self.written_spec or ("", "")
+        return written if then == self.full_spec else self.full_spec
+
     def state(self) -> State:
         """Learned arrays by name (without the trailing underscore)."""
         self.require_fitted()
@@ -199,8 +205,7 @@ class Codec:
     def digest(self) -> str:
         """SHA-256 of hyper-parameters, widths and learned arrays."""
         self.require_fitted()
-        spec = self.written_spec or self.full_spec
-        return state_digest(spec, stage_dims(self), pack_state(self))
+        return state_digest(self.file_spec, stage_dims(self), pack_state(self))
 
     def code_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Name → (dtype, shape of one item) of the arrays this codec makes."""
@@ -556,8 +561,7 @@ def describe(codec: Codec) -> dict[str, Any]:
         check_readable(stage)
     if len(codec.full_spec) > SPEC_LIMIT:
         raise FewbitsError(f"the options of {codec.stages[0].name} are too long for a file")
-    spec = codec.written_spec or codec.full_spec
-    return {"spec": spec, "dims": stage_dims(codec), "digest": codec.digest}
+    return {"spec": codec.file_spec, "dims": stage_dims(codec), "digest": codec.digest}
 
 
 def check_readable(stage: Codec) -> None:
@@ -589,7 +593,7 @@ def from_description(about: Any, arrays: State, path: str | Path) -> Codec:
             check_finite(own)
             stage._restore(width_in, own)
         codec.dims_ = dims[0]
-        codec.written_spec = about["spec"]
+        codec.written_spec = about["spec"], codec.full_spec
         if codec.digest != about["digest"]:
             raise ValueError("the codec does not match its digest")
         with np.errstate(all="ignore"):

@@ -28,6 +28,7 @@ from fewbits.core.errors import FewbitsError
 from fewbits.core.search import Matches, search_array
 from fewbits.primitives import sketch
 from fewbits.primitives.ragged import Ragged, chamfer
+from fewbits.primitives.rotation import project
 
 MAX_DIMS = 65_536
 """Longest encoding: 256 KiB of float32 per document."""
@@ -217,8 +218,8 @@ class MUVERA(Transform):
         planes, projections = random_matrices(
             self.seed, self.dims_, self.repetitions, self.bits, self.projection, self._width
         )
-        dots = sets.flat @ planes
-        values = sets.flat if projections is None else sets.flat @ projections
+        dots = project(sets.flat, planes)
+        values = sets.flat if projections is None else project(sets.flat, projections)
         for repetition in range(self.repetitions):
             own = values
             if projections is not None:

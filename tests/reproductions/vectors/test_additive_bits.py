@@ -14,6 +14,6 @@ def test_quick_run_computes_its_verdict():
 
 
 def test_opponents_fill_the_bytes_they_are_given():
-    assert "opq:bytes=48,dims=192" in opponents(48, 384)
+    assert "opq:bytes=48,dims=192,rounds=50" in opponents(48, 384)
     assert "rabitq:bits=1" in opponents(56, 384)
     assert "pca-rag:dims=320+rabitq:bits=1" in opponents(48, 384)
