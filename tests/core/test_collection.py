@@ -244,6 +244,15 @@ def test_directory_with_other_parts_than_it_says_is_refused(
     assert says in rewritten(path, "codec", lambda about, arrays: about.update(parts=parts))
 
 
+def test_directory_of_nothing_is_refused(folder: Path) -> None:
+    def empty(about: dict[str, Any], arrays: dict[str, Any]) -> None:
+        about["parts"] = []
+        about["source"]["rows"] = 0
+
+    says = rewritten(folder / "codec.fewbits", "codec", empty)
+    assert "does not hold the items that it says it holds" in says
+
+
 # -- decoding ------------------------------------------------------------------------------
 
 
