@@ -279,11 +279,11 @@ def read(path: str | Path) -> Content:
         metadata = header.pop("__metadata__", None)
         check_metadata(metadata, path)
         arrays = map_arrays(path, header, start, size)
+        if header_digest(header, metadata) != metadata.get("digest"):
+            raise FewbitsError(f"{path} is damaged: its header does not match its digest")
+        check_arrays(path, start, header, load_json(metadata["sha256"], path))
     except OSError as error:
         raise FewbitsError(f"cannot read {path}: {error.strerror or error}") from None
-    if header_digest(header, metadata) != metadata.get("digest"):
-        raise FewbitsError(f"{path} is damaged: its header does not match its digest")
-    check_arrays(arrays, load_json(metadata["sha256"], path), path)
     return Content(metadata["kind"], load_json(metadata["about"], path), arrays)
 
 
@@ -361,13 +361,17 @@ def map_arrays(path: Path, entries: dict[str, Any], start: int, size: int) -> di
     }
 
 
-def check_arrays(arrays: dict[str, np.ndarray], digests: dict[str, Any], path: Path) -> None:
-    if set(digests) != set(arrays):
+def check_arrays(path: Path, start: int, entries: dict[str, Any], digests: dict[str, Any]) -> None:
+    """Hold every array against its digest; read, not mapped, so that memory stays bounded."""
+    if set(digests) != set(entries):
         raise FewbitsError(f"{path} is damaged: digests and arrays differ")
-    for name, array in arrays.items():
-        digest = hashlib.sha256()
-        flat = array.reshape(-1).view(np.uint8)
-        for start in range(0, len(flat), CHUNK):
-            digest.update(flat[start : start + CHUNK].data)
-        if digest.hexdigest() != digests[name]:
-            raise FewbitsError(f"{path} is damaged: array {name!r} does not match its digest")
+    with open(path, "rb") as file:
+        for name, entry in entries.items():
+            begin, end = entry["data_offsets"]
+            file.seek(start + begin)
+            digest, left = hashlib.sha256(), end - begin
+            while left and (data := file.read(min(CHUNK, left))):
+                digest.update(data)
+                left -= len(data)
+            if digest.hexdigest() != digests[name]:
+                raise FewbitsError(f"{path} is damaged: array {name!r} does not match its digest")
