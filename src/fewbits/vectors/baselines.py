@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fewbits.core.checks import LARGEST
 from fewbits.core.code import Code
 from fewbits.core.codec import Codec, DecodingSearcher, State, learned
 from fewbits.core.errors import FewbitsError
@@ -315,6 +316,10 @@ class RaBitQ(FaissCodec):
         check_bits(self.name, self.bits)
         square, row = (self.dims_, self.dims_), (self.dims_,)
         check_arrays(self.name, rotation=(self.rotation_, square), center=(self.center_, row))
+        # faiss does not come back from encoding where squares leave float32.
+        most = LARGEST * np.sqrt(self.dims_)
+        if np.abs(self.rotation_).max() > 1.01 or np.abs(self.center_).max() > most:
+            raise ValueError("rabitq: rotation or center is far too large")
 
     def _index(self, metric: str) -> Any:
         import faiss

@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 FIT_ROWS = 65_536
 """Rows that `fit` learns from at most; more are sampled down."""
 MOST_BITS = 8
+MOST_BLOCKS, MOST_HIDDEN = 64, 2**16
+"""Larger networks are not built, also where a file only claims them."""
 
 
 @dataclass
@@ -278,8 +280,13 @@ class BEBR(Codec):
             value = getattr(self, name)
             if value is not None and value < lowest:
                 raise FewbitsError(f"bebr: {name}={value} must be at least {lowest}")
-        if self.bits > MOST_BITS:
-            raise FewbitsError(f"bebr: bits={self.bits} must be at most {MOST_BITS}")
+        for name, highest in {
+            "bits": MOST_BITS,
+            "blocks": MOST_BLOCKS,
+            "hidden": MOST_HIDDEN,
+        }.items():
+            if getattr(self, name) > highest:
+                raise FewbitsError(f"bebr: {name}={getattr(self, name)} must be at most {highest}")
         rate = 1 if self.learning_rate is None else self.learning_rate
         if not (self.temperature > 0 and rate > 0 and 0 <= self.momentum < 1):
             raise FewbitsError(
