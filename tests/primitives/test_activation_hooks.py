@@ -67,6 +67,12 @@ def test_every_call_is_recorded_with_what_goes_into_an_activation() -> None:
         torch.testing.assert_close(seen[name], values)  # also before a ReLU that works in place
     outputs = joined(record(model, x, ["three", "extra"]))
     torch.testing.assert_close(outputs["extra"], last.relu())
+    after = joined(record(model, x, ["relu", "extra.1"], read="output"))
+    torch.testing.assert_close(after["relu#2"], second.relu())
+    torch.testing.assert_close(after["extra.1"], last.relu())
+    into = joined(record(model, x, ["three", "norm"], read="input"))
+    torch.testing.assert_close(into["norm"], model.one(x).detach())
+    torch.testing.assert_close(into["three"], model.gelu(second.relu()))
     assert torch.cat([part[""] for part in record_root(model, x)]).shape == (10, 3)
 
 

@@ -1,3 +1,4 @@
+import faiss
 import numpy as np
 import pytest
 from sklearn.cluster import KMeans
@@ -33,7 +34,9 @@ def test_kmeans_is_reproducible_and_as_good_as_that_of_scikit_learn() -> None:
     rng = np.random.default_rng(1)
     centres = 3 * rng.standard_normal((8, 20))
     x = (centres[rng.integers(8, size=600)] + rng.standard_normal((600, 20))).astype(np.float32)
+    threads = faiss.omp_get_max_threads()
     found = kmeans(x, 8, seed=3)
+    assert faiss.omp_get_max_threads() == threads
     assert (found == kmeans(x, 8, seed=3)).all()
     assert found.dtype == np.int64
     assert set(found) == set(range(8))

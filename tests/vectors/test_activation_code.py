@@ -256,6 +256,27 @@ def test_a_vision_transformer_gives_bits_of_its_pooled_token() -> None:
     assert (unpacked(anywhere.all_units(), x) == expected).all()
 
 
+def test_texts_of_any_length_are_read_at_their_first_token() -> None:
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            seeded()
+            self.embed, self.act = nn.Embedding(9, 7), nn.GELU()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.act(self.embed(input_ids))
+
+    model, ids = Text(), np.random.default_rng(0).integers(9, size=(40, 5))
+    masked = (np.arange(5) >= np.arange(40)[:, None] % 5).astype(np.int64)  # padded left
+    encoder = ActivationCode(model).fit({"input_ids": ids, "attention_mask": masked})
+    first = ids[np.arange(40), np.arange(40) % 5]
+    expected = model.embed.weight.detach().numpy()[first] > 0
+    code = encoder.all_units().encode({"input_ids": ids, "attention_mask": masked})
+    assert (unpack(code["bits"], 7, 1) == expected).all()
+    longer = np.concatenate([ids, ids], axis=1)
+    assert len(encoder.encode({"input_ids": longer, "attention_mask": longer * 0 + 1})) == 40
+
+
 def test_tokens_and_one_dimensional_maps_are_not_confused() -> None:
     seeded()
     model = nn.Sequential(nn.Conv1d(2, 5, 3), nn.ReLU())
@@ -649,11 +670,19 @@ def test_bad_input() -> None:
             ActivationCode(model).fit(given)
     with pytest.raises(FewbitsError, match="two inputs at least"):
         ActivationCode(model).fit()
+    idle = nn.Sequential(nn.Linear(6, 6), nn.ModuleDict({"act": nn.ReLU()}))
+    idle.forward = lambda x: idle[0](x)  # type: ignore[method-assign]
+    with pytest.raises(FewbitsError, match="none of the layers runs"):
+        ActivationCode(idle).fit(x)
     encoder = ActivationCode(model).fit(x)
     for given, complaint in ((spoiled, "item 3"), (x[:0], "empty"), (x[:, :4], "does not take")):
         with pytest.raises(FewbitsError, match=complaint):
             encoder.encode(given)
     assert encoder.encode(x[:1])["bits"].shape[0] == 1
+    digest = encoder.digest
+    with pytest.raises(FewbitsError, match="every unit is the same"):
+        encoder.fit(np.ones((20, 6)))
+    assert encoder.digest == digest  # a failed fit changes nothing
     with pytest.raises(FewbitsError, match="not fitted"):
         ActivationCode(model).encode(x)
 
@@ -686,9 +715,12 @@ def test_bad_options(options: dict[str, Any], complaint: str) -> None:
 def test_bad_choices_and_labels() -> None:
     encoder = ActivationCode(deep()).fit(inputs())
     code = encoder.encode(inputs())
-    for columns in ([], [0, 0], [-1], [encoder.bits], [0.5], [[1]]):
+    for columns in ([], [0, 0], [-1], [encoder.bits], [0.5], [[1]], 3):
         with pytest.raises(FewbitsError, match="different whole numbers"):
             encoder.keep(columns)
+    for use in (lambda one: one.keep([0]), lambda one: one.all_units(), lambda one: one.digest):
+        with pytest.raises(FewbitsError, match="not fitted"):
+            use(ActivationCode(deep()))
     with pytest.raises(FewbitsError, match="at least 0"):
         encoder.bits_needed(code, tau=-0.1)
     with pytest.raises(FewbitsError, match="labels"):

@@ -26,7 +26,11 @@ ROOMS = (
     "measures",
 )
 
-EXTRA_MODULES = {"torch": ("torch",), "examples": ("torch", "transformers")}
+EXTRA_MODULES = {
+    "torch": ("torch",),
+    "examples": ("torch", "transformers"),
+    "measures": ("sklearn",),
+}
 """Which packages each extra must bring for a system to run."""
 
 

@@ -17,7 +17,8 @@ import contextlib
 import difflib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ ACTIVATION = re.compile(r"elu|silu|swish|mish", re.IGNORECASE)
 """Names of classes whose values have the sign of what goes in: ReLU, LeakyReLU, PReLU, ReLU6, ELU,
 GELU, SiLU, Hardswish, Mish, and those that other libraries derive from them."""
 
+Read = Literal["auto", "input", "output"]
 Keep = Callable[[str, Tensor], Any]
 """Gets the name of a layer and its values (b, …), gives what to hold on to."""
 
@@ -79,19 +81,19 @@ def record(
     inputs: Any,
     layers: str | Sequence[str] = "auto",
     *,
+    read: Read = "auto",
     tokens: str | int = "all",
     keep: Keep = copied,
     batch: int = 64,
 ) -> Iterator[dict[str, Any]]:
     """Run `model` over `inputs`, and give what its layers computed for each batch.
 
-    Of a ReLU-like module the *pre-activation* is read, what goes into it; of any other module what
-    comes out (the first tensor of several).
-
     Parameters
     ----------
     inputs : whatever `batches` takes. The model stays on its device, batches are moved there.
     layers : ``auto`` or names out of ``model.named_modules()``.
+    read : the ``output`` of a module or its ``input`` (the first tensor of several); ``auto``
+        reads pre-activations: the input of a ReLU-like module, the output of any other.
     tokens : which tokens of (b, t, d) values to read: ``all``, ``first``, ``last``, their
         ``mean``, or a number. First, last and mean heed an ``attention_mask`` among the inputs.
     keep : what to hold on to of a layer's values, at once and on their device.
@@ -110,7 +112,7 @@ def record(
     """
     names = find_layers(model, layers)
     for part in batches(inputs, batch):
-        yield observe(model, part, names, tokens=tokens, keep=keep)
+        yield observe(model, part, names, read=read, tokens=tokens, keep=keep)
 
 
 def observe(
@@ -118,6 +120,7 @@ def observe(
     part: Any,
     names: Sequence[str],
     *,
+    read: Read = "auto",
     tokens: str | int = "all",
     keep: Keep = copied,
 ) -> dict[str, Any]:
@@ -139,7 +142,7 @@ def observe(
             raise ValueError(f"layer {label!r} has NaN; check the weights and the inputs")
         seen[label] = keep(label, pick_tokens(values.detach(), tokens, mask))
 
-    with evaluating(model), hooked(model, names, take), torch.no_grad():
+    with evaluating(model), hooked(model, names, take, read), torch.no_grad():
         try:
             model(**given) if isinstance(given, Mapping) else model(given)
         except (RuntimeError, TypeError, IndexError) as error:
@@ -150,30 +153,28 @@ def observe(
 
 @contextlib.contextmanager
 def hooked(
-    model: nn.Module, names: Sequence[str], take: Callable[[str, Any], None]
+    model: nn.Module, names: Sequence[str], take: Callable[[str, Any], None], read: Read
 ) -> Iterator[None]:
     """Call `take` with the values of the layers `names` while the block runs the model."""
     modules = dict(model.named_modules())
-    handles = []
-    try:
+
+    def before(name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
+        take(name, (*args, *kwargs.values()))
+
+    def after(name: str, module: nn.Module, args: Any, output: Any) -> None:
+        take(name, output)
+
+    with contextlib.ExitStack() as handles:
         for name in names:
             module = modules[name]
-            if is_activation(module):
-                # Before, because a ReLU may work in place.
-                def hook(_: Any, args: Any, kwargs: Any, name: str = name) -> None:
-                    take(name, (*args, *kwargs.values()))
-
-                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            if read == "input" or (read == "auto" and is_activation(module)):
+                # Before the module runs, because it may work in place.
+                hook = partial(before, name)
+                handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             else:
-
-                def after(_: Any, args: Any, output: Any, name: str = name) -> None:
-                    take(name, output)
-
-                handles.append(module.register_forward_hook(after))
+                handle = module.register_forward_hook(partial(after, name))
+            handles.callback(handle.remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 
 ROUNDS, STARTS = 100, 20
-"""Rounds of k-means, and how often it starts anew; the start with the least error is kept."""
+"""Most rounds of k-means, and how often it starts anew; the least error is kept."""
+
+ONE_THREAD = 20_000_000
+"""Up to so many products a round, threads would wait for each other more than they help."""
 
 
 def kmeans(x: np.ndarray, clusters: int, *, seed: int = 0) -> np.ndarray:
@@ -35,8 +38,14 @@ def kmeans(x: np.ndarray, clusters: int, *, seed: int = 0) -> np.ndarray:
         max_points_per_centroid=len(x),
         init_method=faiss.ClusteringInitMethod_KMEANS_PLUS_PLUS,
     )
-    means.train(x)
-    return np.asarray(means.index.search(x, 1)[1][:, 0], dtype=np.int64)
+    threads = faiss.omp_get_max_threads()
+    if x.size * clusters < ONE_THREAD:
+        faiss.omp_set_num_threads(1)
+    try:
+        means.train(x)
+        return np.asarray(means.index.search(x, 1)[1][:, 0], dtype=np.int64)
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 def purity(labels: np.ndarray, clusters: np.ndarray) -> float:

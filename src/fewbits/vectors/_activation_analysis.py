@@ -90,8 +90,12 @@ def analyse(
     voted = neighbour_vote(train, train_labels, test, k)
     found[f"{k}-NN test"] = float((voted == test_labels).mean())
     learner = pairwise.OneVsOneClassifier(optimum.LogisticRegression(max_iter=1000))
-    learner.fit(unpack(train, 8 * train.shape[1], 1).astype(np.float32), train_labels)
-    guessed = learner.predict(unpack(test, 8 * test.shape[1], 1).astype(np.float32))
+    bits, asked = (
+        unpack(codes, 8 * codes.shape[1], 1).astype(np.float32) for codes in (train, test)
+    )
+    # Many small problems: threads only wait for each other.
+    with require("threadpoolctl", "measures").threadpool_limits(limits=1):
+        guessed = learner.fit(bits, train_labels).predict(asked)
     found["logistic test"] = float((guessed == test_labels).mean())
     return found
 
@@ -256,18 +260,20 @@ def averaged(rows: Iterable[Mapping[str, Any]], settings: Sequence[str]) -> list
     return found
 
 
-def with_regimes(rows: Sequence[Mapping[str, Any]], k: int = 9) -> list[dict[str, Any]]:
+def with_regimes(
+    rows: Sequence[Mapping[str, Any]], k: int = 9, *, best: float | None = None
+) -> list[dict[str, Any]]:
     """The rows of a sweep, each with its ``regime``; our rule, the paper has shapes only.
 
     ``under`` where more than 1 % of the train codes are redundant; ``critical`` where not, but
-    test k-NN accuracy is more than a point below its best in the sweep; else ``sufficient``.
+    test k-NN accuracy is more than a point below its `best` in the sweep; else ``sufficient``.
     """
-    best = max(row[f"{k}-NN test"] for row in rows)
+    highest = max(row[f"{k}-NN test"] for row in rows) if best is None else best
 
     def regime(row: Mapping[str, Any]) -> str:
         if row["redundancy train"] > REDUNDANT:
             return "under"
-        return "critical" if best - row[f"{k}-NN test"] > BEHIND + 1e-9 else "sufficient"
+        return "critical" if highest - row[f"{k}-NN test"] > BEHIND + 1e-9 else "sufficient"
 
     return [dict(row) | {"regime": regime(row)} for row in rows]
 
@@ -290,7 +296,8 @@ def phase_chart(
     ----------
     path : of the PNG file to write; it is there as a whole or not at all.
     grids : for each row of panels (rows of a sweep, name of the setting along x, and along y).
-        Rows that differ in other settings alone are averaged.
+        Rows that differ in other settings alone are averaged; the best accuracy of all grids
+        decides on the regimes.
 
     Raises
     ------
@@ -299,51 +306,56 @@ def phase_chart(
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     path = Path(path)
     refuse_existing(path, overwrite)
     if not grids or not all(len(rows) for rows, *_ in grids):
         raise FewbitsError("there is nothing to draw; give a sweep of one network at least")
-    figure = Figure(figsize=(14, 0.5 + 2.3 * len(grids)), dpi=75, layout="constrained")
-    FigureCanvasAgg(figure)  # draws into memory, whatever the screen
-    axes = figure.subplots(len(grids), 1 + len(PANELS), squeeze=False)
-    for own, (rows, x, y) in zip(axes, grids, strict=True):
+    for rows, x, y in grids:
         missing = {x, y, *PANELS} - set(rows[0])
         if missing:
             raise FewbitsError(f"the rows of a phase chart lack {', '.join(sorted(missing))}")
-        draw_grid(own, with_regimes(averaged(rows, (x, y))), x, y)
+    cells = [averaged(rows, (x, y)) for rows, x, y in grids]
+    best = max(cell["9-NN test"] for grid in cells for cell in grid)
+    figure = Figure(figsize=(14, 0.7 + 2.3 * len(grids)), dpi=75, layout="constrained")
+    FigureCanvasAgg(figure)  # draws into memory, whatever the screen
+    axes = figure.subplots(len(grids), 1 + len(PANELS), squeeze=False)
+    for own, grid, (_, x, y) in zip(axes, cells, grids, strict=True):
+        for axis, measure in zip(own, ("regime", *PANELS), strict=True):
+            draw_grid(axis, with_regimes(grid, best=best), measure, x, y)
+    patches = [Patch(color=shade, label=name) for name, shade in REGIMES.items()]
+    figure.legend(handles=patches, loc="outside lower left", ncols=len(patches), frameon=False)
     with written(path) as temporary:
         figure.savefig(temporary, format="png")
     return path
 
 
-def draw_grid(axes: Any, rows: Sequence[Mapping[str, Any]], x: str, y: str) -> None:
-    """A panel for the regimes and one for each measure."""
+def draw_grid(axis: Any, rows: Sequence[Mapping[str, Any]], measure: str, x: str, y: str) -> None:
+    """One panel: a cell for each of the settings; the brighter the better."""
     from matplotlib.colors import ListedColormap
 
-    across, up = (list(dict.fromkeys(sorted(row[name] for row in rows))) for name in (x, y))
     names = list(REGIMES)
-    for axis, measure in zip(axes, ("regime", *PANELS), strict=True):
-        cells = np.full((len(up), len(across)), np.nan)
-        for row in rows:
-            place = up.index(row[y]), across.index(row[x])
-            cells[place] = names.index(row["regime"]) if measure == "regime" else row[measure]
-        shades = ListedColormap(list(REGIMES.values())) if measure == "regime" else "viridis"
-        top = len(names) - 1 if measure == "regime" else 1
-        axis.imshow(cells, origin="lower", aspect="auto", cmap=shades, vmin=0, vmax=top)
-        for (j, i), value in np.ndenumerate(cells):
-            if np.isfinite(value):
-                text = names[int(value)][:5] if measure == "regime" else f"{value:.2f}"
-                dark = measure != "regime" and value < 0.6
-                axis.text(
-                    i, j, text, ha="center", va="center", fontsize=8,
-                    color="white" if dark else "black",
-                )  # fmt: skip
-        axis.set_xticks(range(len(across)), [str(value) for value in across])
-        axis.set_yticks(range(len(up)), [str(value) for value in up])
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        axis.set_title(measure, fontsize=10)
+    across, up = (sorted({row[name] for row in rows}) for name in (x, y))
+    cells = np.full((len(up), len(across)), np.nan)
+    for row in rows:
+        value = names.index(row["regime"]) if measure == "regime" else row[measure]
+        cells[up.index(row[y]), across.index(row[x])] = value
+    top = len(names) - 1 if measure == "regime" else 1
+    shades: Any = "viridis_r" if measure == "redundancy train" else "viridis"
+    if measure == "regime":
+        shades = ListedColormap(list(REGIMES.values()))
+    axis.imshow(cells, origin="lower", aspect="auto", cmap=shades, vmin=0, vmax=top)
+    for (j, i), value in np.ndenumerate(cells):
+        if measure != "regime" and np.isfinite(value):
+            dark = value > 0.4 if measure == "redundancy train" else value < 0.6
+            color = "white" if dark else "black"
+            axis.text(i, j, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axis.set_xticks(range(len(across)), [str(value) for value in across])
+    axis.set_yticks(range(len(up)), [str(value) for value in up])
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
+    axis.set_title(measure, fontsize=10)
 
 
 @contextlib.contextmanager

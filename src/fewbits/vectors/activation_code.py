@@ -128,7 +128,7 @@ class ActivationCode:
         ------
         FewbitsError
             Unusable inputs or options, no such layer (the nearest is named), no ReLU-like layers,
-            fewer than two inputs, or units that are all constant.
+            layers that do not run, fewer than two inputs, or units that are all constant.
         """
         self._check_parameters()
         ons: dict[str, np.ndarray] = {}
@@ -142,6 +142,8 @@ class ActivationCode:
 
         for given in inputs:
             for seen in self._record(given, count):
+                if not seen:
+                    raise FewbitsError(f"{NAME}: none of the layers runs; name others: layers=[…]")
                 found = {name: layer for name, (layer, _, _) in seen.items()}
                 layers = layers or found
                 self._check_layers(layers, found)
@@ -151,9 +153,9 @@ class ActivationCode:
         if rows < 2:
             raise FewbitsError(f"{NAME} needs two inputs at least to see which units differ")
         on = np.concatenate(list(ons.values()))
-        self.layers_ = tuple(layers.values())
-        self._keep_columns(self._chosen(np.flatnonzero((on > 0) & (on < rows))))
-        self.network_ = network_digests(self.model)
+        columns = self._chosen(np.flatnonzero((on > 0) & (on < rows)))
+        self.layers_, self.network_ = tuple(layers.values()), network_digests(self.model)
+        self._keep_columns(columns)
         return self
 
     def _chosen(self, columns: np.ndarray) -> np.ndarray:
@@ -181,6 +183,7 @@ class ActivationCode:
     @property
     def columns(self) -> np.ndarray:
         """(bits,) int64: the units that are bits of the code, counted through all layers."""
+        self.require_fitted()
         return np.flatnonzero(unpack(self.mask_[None], self.units, 1)[0])
 
     @property
@@ -232,8 +235,8 @@ class ActivationCode:
         return other
 
     def _checked_columns(self, columns: Any) -> np.ndarray:
-        chosen = np.sort(np.asarray(columns))
-        whole = chosen.ndim == 1 and chosen.dtype.kind in "iu" and len(chosen) > 0
+        chosen = np.sort(np.asarray(columns), axis=None)
+        whole = np.ndim(columns) == 1 and chosen.dtype.kind in "iu" and len(chosen) > 0
         if not whole or chosen[0] < 0 or chosen[-1] >= self.bits or not np.diff(chosen).all():
             raise FewbitsError(
                 f"{NAME}: columns must be different whole numbers from 0 below {self.bits}"
@@ -280,14 +283,12 @@ class ActivationCode:
 
     def _bits(self, values: Tensor) -> Tensor:
         """(b, units) bool of pre-activations (b, …)."""
-        if self.tokens == "auto" and values.ndim == 3 and self._has_one_dimensional_maps():
+        if self.tokens == "auto" and values.ndim == 3:  # left so by `_record`
             raise FewbitsError(
                 f"{NAME}: in a network with Conv1d, (batch, {values.shape[1]}, {values.shape[2]}) "
                 "may be tokens or a map; set tokens=first for tokens, or tokens=all with "
                 "channel_axis=1 for a map"
             )
-        if self.tokens == "auto" and values.ndim == 3:
-            values = values[:, 0]
         on = values > 0
         if self.mode == "channel" and on.ndim > 2:
             axis = self.channel_axis
@@ -303,7 +304,9 @@ class ActivationCode:
     def _record(self, inputs: Any, keep: Any) -> Iterator[dict[str, Any]]:
         require("torch", "torch")
         hooks: Any = importlib.import_module("fewbits.primitives.activation_hooks")
-        tokens = "all" if self.tokens == "auto" else self.tokens
+        tokens = self.tokens
+        if tokens == "auto":
+            tokens = "all" if self._has_one_dimensional_maps() else "first"
         try:
             yield from hooks.record(
                 self.model, inputs, self.layers, tokens=tokens, keep=keep, batch=self.batch

@@ -44,12 +44,14 @@ WIDTH = 60
 """Units of the networks that the claim is about."""
 REDUNDANT, OF_NETWORK, CLUSTERS, COLLAPSE = 0.02, 0.03, 0.08, 0.15
 CLAIM = (
-    f"One hidden layer on digits: the redundancy of train codes falls with every width, and is "
-    f"below {REDUNDANT:.0%} with {WIDTH} units. Of those {WIDTH} bits, the 9-NN vote is within "
-    f"{100 * OF_NETWORK:.0f} points of the network's own accuracy and above SimHash and the "
-    f"untrained network, and K-means is {100 * CLUSTERS:.0f} points purer than on pixels, SimHash "
-    f"and the untrained network. Trained on random labels, redundancy stays below {REDUNDANT:.0%}, "
-    f"but K-means loses {100 * COLLAPSE:.0f} points. Means over the seeds."
+    "One hidden layer on digits: the redundancy of train codes "
+    f"falls with every width, and is below {REDUNDANT:.0%} with {WIDTH} units. Of those {WIDTH} "
+    f"bits, the 9-NN vote is within {100 * OF_NETWORK:.0f} points of the network's own accuracy "
+    "and above SimHash and the untrained network, and K-means is "
+    f"{100 * CLUSTERS:.0f} points purer than on pixels, SimHash and the untrained network (than "
+    "on pixels also where weights start by Xavier's rule, as in the paper). Trained "
+    f"on random labels, redundancy stays below {REDUNDANT:.0%}, but K-means loses "
+    f"{100 * COLLAPSE:.0f} points. Means over the seeds."
 )
 BATCH, RATE, DECAY = 64, 1e-2, 1e-6
 SETTINGS = ("data", "start", "width", "epochs", "samples", "noise", "decay")
@@ -62,6 +64,8 @@ class Size:
     """How much is run."""
 
     seeds: tuple[int, ...]
+    digits: tuple[int, int]
+    """How many to train on, and to test with."""
     widths: tuple[int, ...]
     epochs: tuple[int, ...]
     """When networks are looked at; the last one ends the training."""
@@ -69,20 +73,24 @@ class Size:
     noise: tuple[float, ...]
     """Shares of the training labels that are shuffled."""
     decay: tuple[float, ...]
+    starts: tuple[str, ...]
+    """Other ways to start the weights than PyTorch's."""
     probed: int
     """Test digits whose linear regions are measured."""
     mnist: bool
 
 
 SIZES = {
-    "quick": Size((0,), (7, WIDTH), (0, 5), (), (1.0,), (), 5, False),
+    "quick": Size((0,), (500, 200), (7, WIDTH), (0, 5), (), (1.0,), (), (), 5, False),
     "small": Size(
         (0, 1, 2),
+        (1300, 497),
         (3, 7, 15, 30, WIDTH, 100),
         (0, 1, 3, 30),
         (50, 200),
         (0.25, 0.5, 1.0),
         (0.0, 1e-3),
+        ("xavier",),
         50,
         True,
     ),
@@ -96,10 +104,10 @@ def run(size: str = "small") -> Reproduction:
     ----------
     size : ``small``: 1,797 digits, 1,300 to train on, three seeds, six widths, up to 30 epochs; and
         10,000 MNIST digits where the folder FEWBITS_DATA has ``mnist``; a few minutes. ``quick``:
-        one seed, two widths, 5 epochs, seconds.
+        700 digits, one seed, two widths, 5 epochs, seconds.
     """
     plan = SIZES[size]
-    digits = load_digits()
+    digits = load_digits(*plan.digits)
     rows = sweep(swept(digits, plan), k=9)
     rivals = [row for seed in plan.seeds for row in baselines("digits", digits, seed)]
     probes = probe(digits, plan)
@@ -133,10 +141,11 @@ def run(size: str = "small") -> Reproduction:
 # -- data ------------------------------------------------------------------------------------
 
 
-def load_digits() -> LabelledData:
-    """1,797 digits in a random order, pixels in 0..1; the first 1,300 are to train on."""
+def load_digits(train: int = 1300, test: int = 497) -> LabelledData:
+    """So many of scikit-learn's 1,797 digits, always the same; pixels in 0..1."""
     data: Any = require("sklearn.datasets", "measures").load_digits()
-    return split((data.data / 16).astype(np.float32), data.target, 1300)
+    pixels, labels = (data.data / 16).astype(np.float32), data.target
+    return split(pixels, labels, train, test)
 
 
 def load_mnist() -> LabelledData | None:
@@ -146,7 +155,7 @@ def load_mnist() -> LabelledData | None:
     if not all(file.is_file() for file in files):
         return None
     pixels, labels = (read_idx(file) for file in files)
-    return split((pixels.reshape(len(pixels), -1) / 255).astype(np.float32), labels, 8000)
+    return split((pixels.reshape(len(pixels), -1) / 255).astype(np.float32), labels, 8000, 2000)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -162,11 +171,11 @@ def read_idx(path: Path) -> np.ndarray:
     return values.reshape(shape)
 
 
-def split(inputs: np.ndarray, labels: np.ndarray, count: int) -> LabelledData:
-    """In a random order, always the same: `count` rows to train on, and the others."""
+def split(inputs: np.ndarray, labels: np.ndarray, train: int, test: int) -> LabelledData:
+    """So many rows to train on and to test with, in a random order that is always the same."""
     order = np.random.default_rng(0).permutation(len(inputs))
-    train, test = order[:count], order[count:]
-    return LabelledData(inputs[train], labels[train], inputs[test], labels[test])
+    seen, asked = order[:train], order[train : train + test]
+    return LabelledData(inputs[seen], labels[seen], inputs[asked], labels[asked])
 
 
 # -- networks --------------------------------------------------------------------------------
@@ -187,7 +196,8 @@ def swept(data: LabelledData, plan: Size) -> Swept:
             yield from trained(data, seed, WIDTH, (last,), samples=whole, noise=noise)
         for decay in plan.decay:
             yield from trained(data, seed, WIDTH, (last,), samples=whole, decay=decay)
-        yield from trained(data, seed, WIDTH, (last,), samples=whole, start="xavier")
+        for start in plan.starts:
+            yield from trained(data, seed, WIDTH, (last,), samples=whole, start=start)
 
 
 def compared(name: str, data: LabelledData, plan: Size) -> Swept:
@@ -232,6 +242,10 @@ def trained(
         own = rows % samples
         return torch.nn.functional.cross_entropy(network(inputs[own]), labels[own])
 
+    def keep(epoch: int, history: object) -> None:
+        if epoch in epochs:
+            kept[epoch] = copy.deepcopy(network)
+
     train(
         network,
         loss,
@@ -245,7 +259,7 @@ def trained(
         drop_last=False,
         seed=seed,
         device="cpu",
-        callback=lambda epoch, _: kept.update({epoch: copy.deepcopy(network)}),
+        callback=keep,
     )
     own = replace(data, train=data.train[:samples], train_labels=data.train_labels[:samples])
     about = {"data": "digits", "start": start, "width": width, "samples": samples}
@@ -255,7 +269,8 @@ def trained(
 
 
 def untrained(inputs: int, width: int, seed: int, start: str = "pytorch") -> nn.Module:
-    """Linear, BatchNorm, ReLU, Linear; weights as PyTorch starts them, or Xavier's as Keras."""
+    """Linear, BatchNorm, ReLU, Linear; weights start as in PyTorch, or by Xavier's rule as in
+    Keras, which the released program uses for its MNIST networks."""
     from torch import nn
 
     from fewbits.core.devices import seeded
@@ -374,9 +389,18 @@ def is_of_widths(row: dict[str, Any], plan: Size) -> bool:
 
 
 def figures_of(table: Sequence[dict[str, Any]], plan: Size) -> dict[str, float]:
-    """The figures of networks by name."""
-    measures = ("network test", "redundancy train", CLUSTERED, VOTED, "logistic test")
-    return {f"{label_of(row, plan)}: {name}": row[name] for row in table for name in measures}
+    """Figures of networks that differ from that of the claim in one respect; the rest is in the
+    table."""
+    found = {}
+    for row in table:
+        label = label_of(row, plan)
+        respects = label.count(", ") - 1
+        if respects == 0:
+            found[f"{label}: network test"] = row["network test"]
+        if respects == 0 or (respects == 1 and row["width"] == WIDTH and row["decay"] == DECAY):
+            for name in ("redundancy train", CLUSTERED, VOTED):
+                found[f"{label}: {name}"] = row[name]
+    return found
 
 
 def conditions(
@@ -403,34 +427,42 @@ def conditions(
         "random labels cost the categories": figures[f"{random}: {CLUSTERED}"]
         <= clustered - COLLAPSE,
     }
-    return met | {
+    met |= {
         f"K-means is far above {name}": clustered >= value + CLUSTERS
         for name, value in rivals.items()
     }
+    # PyTorch's start is the kinder one; the paper's must not be left out of the verdict for that.
+    other = figures.get(f"{own}, Xavier start: {CLUSTERED}")
+    if other is not None:
+        met["K-means is far above pixels, Xavier start"] = other >= rivals["pixels"] + CLUSTERS
+    return met
 
 
 def honest_words(figures: dict[str, float], baseline: dict[str, float]) -> str:
     """What the claim does not say."""
-    own = f"digits, {WIDTH} units"
-    xavier = figures.get(f"{own}, Xavier start: {CLUSTERED}", np.nan)
-    pixels = baseline[f"digits, pixels: {CLUSTERED}"]
-    itq = baseline[f"digits, ITQ, {WIDTH} bits: {VOTED}"]
-    words = (
-        f"how far K-means leads depends on where the weights start: Xavier's, as Keras and so the "
-        f"paper's own networks have it, leads pixels by {100 * (xavier - pixels):.1f} points, "
-        f"PyTorch's by {100 * (figures[f'{own}: {CLUSTERED}'] - pixels):.1f}; 9-NN hardly tells a "
-        f"trained network ({figures[f'{own}: {VOTED}']:.3f}) from ITQ, which knows no labels "
-        f"({itq:.3f})"
-    )
-    other = f"mnist, {WIDTH} units"
+    own, other = f"digits, {WIDTH} units", f"mnist, {WIDTH} units"
+    words = [
+        f"9-NN hardly tells a trained network ({figures[f'{own}: {VOTED}']:.3f}) from ITQ, which "
+        f"knows no labels ({baseline[f'digits, ITQ, {WIDTH} bits: {VOTED}']:.3f})"
+    ]
+    if f"{own}, Xavier start: {CLUSTERED}" in figures:
+        pixels = baseline[f"digits, pixels: {CLUSTERED}"]
+        leads = [
+            100 * (figures[f"{own}{start}: {CLUSTERED}"] - pixels)
+            for start in ("", ", Xavier start")
+        ]
+        words.append(
+            f"K-means leads pixels by {leads[0]:.1f} points where weights start as in PyTorch, and "
+            f"by {leads[1]:.1f} where they start as in Keras, as in the paper"
+        )
     if f"{other}: {CLUSTERED}" in figures:
-        words += (
-            f"; MNIST: K-means {figures[f'{other}: {CLUSTERED}']:.3f}, pixels "
+        words.append(
+            f"K-means on MNIST: {figures[f'{other}: {CLUSTERED}']:.3f}, pixels "
             f"{baseline[f'mnist, pixels: {CLUSTERED}']:.3f}, untrained "
             f"{figures[f'{other}, 0 epochs: {CLUSTERED}']:.3f}, random labels "
             f"{figures[f'{other}, 100% random labels: {CLUSTERED}']:.3f}"
         )
-    return words
+    return "; ".join(words)
 
 
 def regimes_of(table: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
