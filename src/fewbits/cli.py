@@ -18,7 +18,7 @@ from fewbits.core.errors import FewbitsError
 from fewbits.core.report_text import printable
 
 INPUT_HELP = (
-    ".npy, .npz, .parquet, .arrow, .fvecs, .bvecs or .safetensors, a directory of those, "
+    ".npy, .npz, .parquet, .arrow, .feather, .fvecs, .bvecs or .safetensors, a directory of those, "
     "- for an .npy on standard input, or example:python-docs"
 )
 

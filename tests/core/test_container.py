@@ -288,6 +288,16 @@ def test_name_that_is_too_long_is_refused(tmp_path: Path) -> None:
             read(path)
 
 
+def test_header_that_could_not_be_read_back_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(container, "HEADER_LIMIT", 2000)
+    write(tmp_path / "small", "codec", {"parts": ["a"] * 100}, {})
+    with pytest.raises(FewbitsError, match="at most 2,000 can be read back"):
+        write(tmp_path / "large", "codec", {"parts": ["a"] * 1000}, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["small"]
+
+
 # -- a full disk ---------------------------------------------------------------------------
 
 

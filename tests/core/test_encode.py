@@ -226,6 +226,7 @@ def test_impossible_quality_names_the_nearest(
         ({"method": "nope"}, "unknown method 'nope'"),
         ({"method": "muvera"}, "muvera takes sets, but the input has vectors"),
         ({"method": "int8", "metric": "l1"}, "unknown metric 'l1'"),
+        ({"method": "int8", "queries": np.ones((2, DIMS))}, "queries help to choose a method"),
         ({"method": "int8", "seed": -1}, "a seed is a whole number"),
         ({"method": "pca-rag:dims=17"}, "pca-rag: dims=17 must be between 1 and the dimensions"),
     ],
@@ -250,6 +251,7 @@ def test_sets_are_encoded(x: np.ndarray, tmp_path: Path) -> None:
     assert (len(encoded), encoded.source["bytes_per_item"]) == (100, 3 * DIMS * 4)
     assert_same_codes(encoded, encoded.codec, sets)
     assert refusal(sets, method="int8") == "int8 takes vectors, but the input has sets"
+    assert "choose cosine or ip" in refusal(sets, method=method, metric="l2")
 
 
 def test_codec_is_learned_from_a_bounded_sample(
@@ -487,7 +489,7 @@ def test_finished_directory_is_refused(shards: Path, tmp_path: Path) -> None:
         {"metric": "ip"},
         {"seed": 1},
         {"column": "v"},
-        {"queries": "queries.npy"},
+        {"method": None, "queries": "queries.npy"},
     ],
 )
 def test_another_request_does_not_go_on_with_it(

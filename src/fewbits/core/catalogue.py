@@ -75,8 +75,8 @@ class System:
             return "planned"
         return f"needs fewbits[{self.extra}]" if self.missing_packages else "available"
 
-    def load(self) -> Any:
-        """Import it.
+    def load(self, *, trained: bool = False) -> Any:
+        """Import it; `trained` where it is only to use what was trained elsewhere.
 
         Raises
         ------
@@ -85,7 +85,7 @@ class System:
         """
         if self.status == "planned":
             raise FewbitsError(f"{self.name} is planned, but not part of this version of fewbits")
-        if self.missing_packages:
+        if self.missing_packages and not trained:
             raise MissingExtraError(
                 f"{self.name} needs {', '.join(self.missing_packages)}; "
                 f"install with: pip install 'fewbits[{self.extra}]'"
@@ -144,12 +144,12 @@ def find(name: str) -> System:
     raise FewbitsError(f"unknown method {name!r}; {hint}`fewbits systems` lists the names")
 
 
-def codec_class(name: str) -> type[Codec]:
-    """The codec class of that name."""
+def codec_class(name: str, *, trained: bool = False) -> type[Codec]:
+    """The codec class of that name; `trained` as in `System.load`."""
     from fewbits.core.codec import Codec
 
     row = find(name)
-    found = row.load() if row.kind == "codec" else None
+    found = row.load(trained=trained) if row.kind == "codec" else None
     if not (isinstance(found, type) and issubclass(found, Codec)):
         raise FewbitsError(f"{name} is a {row.kind}, not a codec; it cannot encode a file")
     return found

@@ -492,11 +492,11 @@ def expected(kind: Any) -> str:
     return " or ".join(found)
 
 
-def build_stage(text: str) -> Codec:
+def build_stage(text: str, trained: bool) -> Codec:
     from fewbits.core.catalogue import codec_class
 
     name, _, options = text.partition(":")
-    cls = codec_class(name.strip())
+    cls = codec_class(name.strip(), trained=trained)
     kinds = typing.get_type_hints(cls)
     names = [f.name for f in hyper_parameters(cls)]
     parameters: dict[str, Any] = {}
@@ -516,8 +516,12 @@ def build_stage(text: str) -> Codec:
     return cls(**parameters)
 
 
-def from_spec(spec: str) -> Codec:
+def from_spec(spec: str, *, trained: bool = False) -> Codec:
     """Build the codec that a spec string names, for example ``pca-rag:dims=110+int8``.
+
+    Parameters
+    ----------
+    trained : its arrays come from a file; packages that only training needs may be missing.
 
     Raises
     ------
@@ -528,7 +532,7 @@ def from_spec(spec: str) -> Codec:
         raise FewbitsError("the method is empty; `fewbits systems` lists the names")
     if len(spec) > SPEC_LIMIT:
         raise FewbitsError(f"the method is longer than {SPEC_LIMIT} characters; make it shorter")
-    return chain(*(build_stage(part) for part in spec.split("+")))
+    return chain(*(build_stage(part, trained) for part in spec.split("+")))
 
 
 # -- description in files ------------------------------------------------------------------
@@ -583,7 +587,7 @@ def check_readable(stage: Codec) -> None:
 def from_description(about: Any, arrays: State, path: str | Path) -> Codec:
     """The codec that `describe` and `pack_state` put into a file."""
     try:
-        codec = from_spec(about["spec"])
+        codec = from_spec(about["spec"], trained=True)
         dims = about["dims"]
         if not all(type(d) is int and 1 <= d <= MOST_DIMS for d in dims):
             raise ValueError("its widths are not valid")

@@ -139,6 +139,11 @@ class Writer:
         self.done = dict.fromkeys(self.shapes, 0)
         self.hashes = {name: hashlib.sha256() for name in self.shapes}
         self.header_length = len(self._header())
+        if self.header_length > HEADER_LIMIT:
+            raise FewbitsError(
+                f"{path} would need a header of {self.header_length:,} bytes, and at most "
+                f"{HEADER_LIMIT:,} can be read back; encode fewer shards at a time"
+            )
         self.file: Any = None
         self.temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
 

@@ -80,8 +80,10 @@ def encode(
     """
     check_metric(metric)
     seed = check_seed(seed)
-    check_wish(method, keep, at_most, ratio)
+    check_wish(method, keep, at_most, ratio, queries)
     source = open_source(x, column=column)
+    if source.takes == "sets" and metric == "l2":
+        raise FewbitsError("sets of vectors are compared by inner products; choose cosine or ip")
     wish = {"keep": keep, "at_most": at_most, "ratio": ratio, "queries": queries, "column": column}
     if output is not None:
         output = Path(output)
@@ -102,11 +104,17 @@ def encode(
 
 
 def check_wish(
-    method: Any, keep: dict[str, float] | None, at_most: float | None, ratio: float | None
+    method: Any,
+    keep: dict[str, float] | None,
+    at_most: float | None,
+    ratio: float | None,
+    queries: Any,
 ) -> None:
     given = [value for value in (method, keep, at_most, ratio) if value is not None]
     if len(given) > 1:
         raise FewbitsError("give one of method, keep, at_most (--at-most) and ratio, not several")
+    if method is not None and queries is not None:
+        raise FewbitsError("queries help to choose a method; leave them out where you name one")
     for name, value in (("at_most", at_most), ("ratio", ratio)):
         if value is not None and not (value > 0 and math.isfinite(value)):
             raise FewbitsError(f"{name} must be a number above 0, not {value}")

@@ -75,6 +75,8 @@ class LevelScan:
             scale,
         )
         self.padded = packed_width(dims, bits) * 8 // bits
+        every_byte = np.arange(256, dtype=np.uint8)[:, None]
+        self.byte_values = levels[unpack(every_byte, 8 // bits, bits)]
         self.index = None
         if scale is None or nearly_alike(scale):
             self.index = grid_index(packed, self.padded, bits, levels)
@@ -124,9 +126,12 @@ class LevelScan:
 
     def score(self, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Exact scores (q, c) of the candidate rows of each query; -inf for row -1."""
-        numbers = unpack(self.packed[np.maximum(rows, 0).ravel()], self.dims, self.bits)
-        values = self.levels[numbers].reshape(*rows.shape, self.dims)
-        scores = np.einsum("qd,qcd->qc", queries, values)
+        width = self.packed.shape[1]
+        padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
+        # What each value of each byte adds to the score of each query: (q, width, 256), flat.
+        tables = (padded.reshape(len(queries) * width, -1) @ self.byte_values.T).ravel()
+        starts = 256 * np.arange(len(queries) * width).reshape(len(queries), 1, width)
+        scores = tables.take(self.packed[np.maximum(rows, 0)] + starts).sum(axis=2)
         if self.scale is not None:
             scores *= self.scale[np.maximum(rows, 0)]
         scores[rows < 0] = -np.inf

@@ -185,16 +185,15 @@ def fidelity_table(data: Collection, settings: Size) -> list[dict[str, Any]]:
             | {"recall@10": mean, "spread": spread}
         )
 
-    options = f"steps={settings.steps},batch={settings.batch}"
-    for scoring, steps in (
-        ("symmetric", options),
-        ("symmetric", "steps=0"),
-        ("asymmetric", options),
+    options, first = f"steps={settings.steps},batch={settings.batch}", settings.seeds[:1]
+    for scoring, steps, words, seeds in (
+        ("symmetric", options, "symmetric", settings.seeds),
+        ("symmetric", "steps=0", "symmetric, untrained", settings.seeds),
+        ("asymmetric", options, "asymmetric", first),  # for comparison; nothing rests on it
     ):
-        words = scoring + (", untrained" if steps == "steps=0" else "")
         for bits, dims in [(1, d), (2, d), (3, d), (4, d), (1, 2 * d)]:
             spec = f"bebr:bits={bits},dims={dims},scoring={scoring},{steps}"
-            seeded = [f"{spec},seed={seed}" for seed in settings.seeds]
+            seeded = [f"{spec},seed={seed}" for seed in seeds]
             label = f"bebr {bits} bits × {dims} ({words})"
             add(label, bits * dims / 8, (found_by(one, data) for one in seeded))
     for bits in (d, 2 * d):
