@@ -1,9 +1,9 @@
 """Run all benchmarks and write their tables to docs/benchmarks.md.
 
-    python benchmarks/run.py [quality] [candidates] [speed] [memory] [installation]
+    python benchmarks/run.py [quality] [stores] [candidates] [speed] [memory] [scale] [installation]
 
 Every figure is a ratio against a named peer, measured in the same run on the same data. Set
-``FEWBITS_DATA`` to a folder with ``cranfield/`` to add that collection to `quality`.
+``FEWBITS_DATA`` to a folder with ``cranfield/`` to add that collection to `quality` and `stores`.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ import installation
 import memory
 import numpy as np
 import quality
+import scale
 import speed
+import stores
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PARTS = {
     "quality": quality.tables,
+    "stores": stores.tables,
     "candidates": candidates.tables,
     "speed": speed.tables,
     "memory": memory.tables,
+    "scale": scale.tables,
     "installation": installation.tables,
 }
 

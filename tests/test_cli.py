@@ -28,7 +28,17 @@ from fewbits.core.examples import python_docs
 from fewbits.core.reproduction import Reproduction, available, module_of
 from fewbits.vectors.baselines import Int8
 
-COMMANDS = ("compare", "encode", "decode", "search", "info", "systems", "reproduce", "demo")
+COMMANDS = (
+    "compare",
+    "encode",
+    "decode",
+    "export",
+    "search",
+    "info",
+    "systems",
+    "reproduce",
+    "demo",
+)
 FEW = ("float16", "int8", "sign", "turboquant")
 HEAVY = {"numpy", "faiss", "torch", "pyarrow", "matplotlib", "rich", "safetensors", "transformers"}
 WITHOUT_TORCH = """
@@ -182,6 +192,23 @@ def test_compare_holds_out_rows_where_there_are_no_queries(succeed: Succeed) -> 
     assert (about["rows"], about["queries"], about["rows_in_file"]) == (90, 10, 300)
     assert (about["queries_from"], about["metric"]) == ("held-out rows", "l2")
     assert first["points"][0]["quality"] == again["points"][0]["quality"]
+
+
+def test_compare_searches_for_chains(succeed: Succeed, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewbits.core import chains
+    from fewbits.core.catalogue import find
+
+    monkeypatch.setattr(chains, "codecs", lambda room: [find("int8"), find("pca-rag")])
+    given = ("compare", "docs.npy", "--queries", "queries.npy", "--search-chains", "16B")
+    out = succeed(*given)
+    assert "pca-rag:dims=16+int8" in out
+    assert "chains tried: 2 on 300 rows" in out
+    found = json.loads(succeed(*given, "--json"))
+    assert [entry["spec"] for entry in found["tried"]] == [
+        "pca-rag:dims=16+int8",
+        "pca-rag:dims=8,dtype=float16",
+    ]
+    assert found["input"]["at_most"] == 16
 
 
 @pytest.mark.parametrize("name", ["judged.txt", "judged.json"])

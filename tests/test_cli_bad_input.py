@@ -279,6 +279,8 @@ def test_unusable_list_of_methods(refused: Refused) -> None:
     assert "no methods are named; `fewbits systems` lists the names" in refused(
         "compare docs.npy --methods ,"
     )
+    assert "leave out --methods" in refused("compare docs.npy --search-chains 48B --methods int8")
+    assert "write it like 48B" in refused("compare docs.npy --search-chains 0")
     assert "nothing could be compared: rabitq: bits=9" in refused(
         "compare docs.npy --methods rabitq:bits=9"
     )

@@ -18,21 +18,29 @@ if TYPE_CHECKING:
     import numpy as np
 
     from fewbits.core.catalogue import systems
+    from fewbits.core.chains import search_chains
     from fewbits.core.codec import chain, from_spec
     from fewbits.core.collection import Encoded, load
     from fewbits.core.compare import Comparison, compare
     from fewbits.core.encode import encode
     from fewbits.core.errors import FewbitsError
+    from fewbits.core.export import Exported, export, store_queries
     from fewbits.core.reproduction import reproduce
+    from fewbits.core.texts import open_texts
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "compare": "core.compare",
     "Comparison": "core.compare",
+    "search_chains": "core.chains",
     "encode": "core.encode",
     "load": "core.collection",
     "Encoded": "core.collection",
+    "export": "core.export",
+    "Exported": "core.export",
+    "store_queries": "core.export",
+    "open_texts": "core.texts",
     "systems": "core.catalogue",
     "reproduce": "core.reproduction",
     "chain": "core.codec",
@@ -43,14 +51,19 @@ _HOMES = {
 __all__ = [
     "Comparison",
     "Encoded",
+    "Exported",
     "FewbitsError",
     "chain",
     "compare",
     "decode",
     "encode",
+    "export",
     "from_spec",
     "load",
+    "open_texts",
     "reproduce",
+    "search_chains",
+    "store_queries",
     "systems",
 ]
 

@@ -19,8 +19,10 @@ from fewbits.core.report_text import printable
 
 INPUT_HELP = (
     ".npy, .npz, .parquet, .arrow, .feather, .fvecs, .bvecs or .safetensors, a directory of those, "
-    "- for an .npy on standard input, or example:python-docs"
+    "a pattern or a URL of them, - for an .npy on standard input, or example:python-docs"
 )
+TEXTS = (".txt", ".jsonl", ".csv")
+STORES = ("faiss", "lancedb", "qdrant", "parquet", "npy")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,13 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run_compare(options: argparse.Namespace) -> None:
-    from fewbits.core.compare import compare
     from fewbits.core.report import print_table, write_report
 
-    comparison = compare(
-        options.file,
-        options.queries,
-        methods=options.methods,
+    comparison = compared_as_asked(options)(
+        items_of(options),
+        queries_of(options),
         qrels=options.qrels,
         metric=options.metric,
         column=options.column,
@@ -82,22 +82,41 @@ def run_compare(options: argparse.Namespace) -> None:
             print_table(comparison)
 
 
+def compared_as_asked(options: argparse.Namespace) -> Callable[..., Any]:
+    """The comparison of methods, or the search for chains."""
+    from functools import partial
+
+    if options.search_chains is None:
+        from fewbits.core.compare import compare
+
+        return partial(compare, methods=options.methods, engine=options.engine)
+    if options.methods:
+        raise FewbitsError("--search-chains tries all methods; leave out --methods")
+    if options.engine != "local":
+        raise FewbitsError("--search-chains works on this machine alone; leave out --engine")
+    from fewbits.core.chains import search_chains
+
+    return partial(search_chains, at_most=options.search_chains)
+
+
 def run_encode(options: argparse.Namespace) -> None:
     from fewbits.core.encode import encode
 
     output = options.output or default_output(options.file)
     encoded = encode(
-        options.file,
+        items_of(options),
         output,
         method=options.method,
         keep=options.keep,
         at_most=options.at_most,
         ratio=options.ratio,
-        queries=options.queries,
+        queries=queries_of(options),
         metric=options.metric,
         column=options.column,
         seed=options.seed,
         overwrite=options.overwrite,
+        engine=options.engine,
+        workers=options.workers,
         show_progress=True,
     )
     if options.json:
@@ -120,13 +139,45 @@ def run_decode(options: argparse.Namespace) -> None:
     )
 
 
+def run_export(options: argparse.Namespace) -> None:
+    from fewbits.core.export import export, export_queries
+
+    if options.queries:
+        path = export_queries(
+            options.codes,
+            queries_of(options),
+            options.to,
+            options.output,
+            column=options.column,
+            overwrite=options.overwrite,
+        )
+        print(f"{printable(path)}: queries for {options.to}")
+        return
+    exported = export(
+        options.codes,
+        options.to,
+        options.output,
+        overwrite=options.overwrite,
+        show_progress=True,
+    )
+    print(
+        f"{printable(exported.path)}: {len(exported):,} items for {options.to}, {exported.holds}; "
+        f"{exported.nbytes:,} bytes on disk"
+    )
+    if not exported.raw_queries:
+        print(
+            f"queries: fewbits export {printable(options.codes)} --to {options.to} --queries FILE "
+            "-o FILE.npy"
+        )
+
+
 def run_search(options: argparse.Namespace) -> None:
     from fewbits.core.collection import load
 
     encoded = load(options.codes)
     rescored = {None: False, "": True}.get(options.rescore, options.rescore)
     scores, rows = encoded.search(
-        options.queries, options.k, rescored=rescored, column=options.column
+        queries_of(options), options.k, rescored=rescored, column=options.column
     )
     if options.json:
         for one_scores, one_rows in zip(scores.tolist(), rows.tolist(), strict=True):
@@ -203,6 +254,44 @@ def run_demo(options: argparse.Namespace) -> None:
     demo(Path(options.output))
 
 
+# -- texts ---------------------------------------------------------------------------------
+
+
+def items_of(options: argparse.Namespace) -> Any:
+    """The input: vectors as they are, texts embedded where there is a model."""
+    if options.model is None:
+        refuse_texts(options.file)
+        return options.file
+    from fewbits.core.texts import open_texts
+
+    model = options.model or None
+    return open_texts(options.file, model, column=options.column, show_progress=True)
+
+
+def queries_of(options: argparse.Namespace) -> Any:
+    """The queries, embedded where they are texts and there is a model."""
+    if options.queries is None:
+        return None
+    if options.model is None:
+        refuse_texts(options.queries)
+        return options.queries
+    from fewbits.core.texts import READERS, open_text_queries
+
+    if Path(options.queries).suffix.lower() not in READERS:
+        return options.queries
+    return open_text_queries(options.queries, options.model or None, options.column, True)
+
+
+def refuse_texts(file: str) -> None:
+    if Path(file).suffix.lower() in TEXTS:
+        from fewbits.core.locations import SUFFIXES
+
+        raise FewbitsError(
+            f"{file} is not a kind of file fewbits reads; it reads {', '.join(SUFFIXES)}; "
+            "if it holds texts, pass --model to embed them"
+        )
+
+
 # -- printing ------------------------------------------------------------------------------
 
 
@@ -252,7 +341,12 @@ def default_output(file: str) -> Path:
         return Path("stdin.fewbits")
     if file.startswith("example:"):
         return Path(file.removeprefix("example:") + ".fewbits")
-    path = Path(file)
+    from fewbits.core.locations import fixed_folder, is_pattern, is_url, local_path, url_name
+
+    # A remote collection is encoded into the current folder.
+    path = local_path(file) if not is_url(file) else Path(url_name(file))
+    if not is_url(file) and is_pattern(path):
+        path = fixed_folder(path)
     if path.name in ("", ".."):
         raise FewbitsError(f"{file} has no name to call the output by; pass --output")
     return path.with_name((path.name if path.is_dir() else path.stem) + ".fewbits")
@@ -318,6 +412,15 @@ def build_parser() -> argparse.ArgumentParser:
     made.add_argument("-o", "--output", required=True, help=".npy file to write")
     made.add_argument("--overwrite", action="store_true", help="replace an existing output")
 
+    made = command("export", run_export, "put a collection into a vector store")
+    made.add_argument("codes", help=".fewbits file or directory")
+    made.add_argument("--to", required=True, choices=STORES, help="kind of store")
+    made.add_argument("-o", "--output", required=True, help="file or folder to write")
+    made.add_argument("--queries", help="write these, as the store takes them, to an .npy instead")
+    made.add_argument("--column", help="column or array of queries, where there are several")
+    add_model(made)
+    made.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+
     made = command("search", run_search, "find the best items for each query")
     made.add_argument("codes", help=".fewbits file or directory")
     made.add_argument("--queries", required=True, help=INPUT_HELP)
@@ -330,6 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="order the best 10·k again, by decoded items or by the original vectors if given",
     )
     made.add_argument("--column", help="column or array of queries, where there are several")
+    add_model(made)
     made.add_argument("--json", action="store_true", help="one JSON object per query")
 
     made = command("info", run_info, "what is in a .fewbits file or directory?")
@@ -350,8 +454,20 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def add_model(made: argparse.ArgumentParser) -> None:
+    made.add_argument(
+        "--model",
+        nargs="?",
+        const="",
+        metavar="NAME_OR_FOLDER",
+        help="embed texts (.txt, .jsonl, .csv, .parquet) with this sentence-transformers model; "
+        "without a name, with all-MiniLM-L6-v2",
+    )
+
+
 def add_input(made: argparse.ArgumentParser) -> None:
     made.add_argument("file", help=INPUT_HELP)
+    add_model(made)
     made.add_argument("--queries", help="real queries; held-out rows are used without")
     made.add_argument(
         "--metric",
@@ -363,12 +479,24 @@ def add_input(made: argparse.ArgumentParser) -> None:
     made.add_argument(
         "--seed", type=int, default=0, help="of samples; a method has its own, as an option (0)"
     )
+    made.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where to work: this machine (the default), or a Ray cluster",
+    )
     made.add_argument("--json", action="store_true", help="print JSON")
 
 
 def add_compare(made: argparse.ArgumentParser) -> None:
     add_input(made)
     made.add_argument("--methods", help="names or spec strings, joined by commas; all by default")
+    made.add_argument(
+        "--search-chains",
+        type=lambda text: parse_amount(text, "B"),
+        metavar="SIZE",
+        help="instead, look for the best chain of up to three methods within 48B per item",
+    )
     made.add_argument("--qrels", help="relevance judgements; adds nDCG@10")
     made.add_argument("--rows", type=whole_number, default=100_000, help="sample size (100000)")
     made.add_argument("--report", metavar="DIR", help="write an HTML report and a picture there")
@@ -386,4 +514,5 @@ def add_encode(made: argparse.ArgumentParser) -> None:
     wish.add_argument(
         "--ratio", type=lambda text: parse_amount(text, "x"), help="best that is 16x smaller"
     )
+    made.add_argument("--workers", type=whole_number, help="cores to encode on (all there are)")
     made.add_argument("--overwrite", action="store_true", help="replace an existing output")

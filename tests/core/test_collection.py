@@ -19,7 +19,7 @@ from fewbits.core import container
 from fewbits.core.codec import Codec
 from fewbits.core.collection import Encoded
 from fewbits.core.errors import FewbitsError
-from fewbits.primitives.ragged import Ragged
+from fewbits.primitives.ragged import Ragged, chamfer
 
 ROWS, DIMS = 60, 8
 SPLITS = (25, 28)
@@ -450,20 +450,36 @@ def test_unfit_originals_are_refused(folder: Path, x: np.ndarray, queries: np.nd
     for originals in (x[1:], x[:, :5], np.concatenate([x, x])):
         with pytest.raises(FewbitsError, match=says):
             encoded.search(queries, 3, rescored=originals)
-    with pytest.raises(FewbitsError, match="has sets of vectors; give the vectors encoded"):
+    with pytest.raises(FewbitsError, match="has sets; give the vectors encoded"):
         encoded.search(queries, 3, rescored=Ragged(x, np.arange(ROWS + 1)))
     with pytest.raises(FewbitsError, match="there is no file"):
         encoded.search(queries, 3, rescored=folder / "missing.npy")
 
 
-def test_sets_are_searched_but_not_rescored(x: np.ndarray) -> None:
+def test_sets_are_rescored_by_their_chamfer_score(x: np.ndarray, tmp_path: Path) -> None:
+    sets = Ragged(x, np.arange(0, ROWS + 1, 3))
+    np.savez(tmp_path / "sets.npz", vectors=sets.flat, offsets=sets.offsets)
+    method = "muvera:repetitions=1,bits=0,projection_dims=1"  # so coarse that its order is poor
+    encoded = fewbits.encode(sets, method=method, metric="ip")
+    exact = chamfer(sets, sets)
+    best = np.argsort(-exact, axis=1, kind="stable")[:, :4]
+    for originals in (sets, tmp_path / "sets.npz"):
+        scores, rows = encoded.search(sets, 4, rescored=originals)
+        assert rows.tolist() == best.tolist()
+        np.testing.assert_allclose(scores, np.take_along_axis(exact, best, 1), rtol=1e-5)
+    with pytest.raises(FewbitsError, match="has vectors; give the sets encoded"):
+        encoded.search(sets, 1, rescored=x)
+    with pytest.raises(FewbitsError, match="has 19 × 8 sets, but the collection was made from 20"):
+        encoded.search(sets, 1, rescored=sets[1:])
+
+
+def test_sets_are_searched_but_not_decoded(x: np.ndarray) -> None:
     sets = Ragged(x, np.arange(0, ROWS + 1, 3))
     encoded = fewbits.encode(sets, method="muvera:repetitions=3,bits=1,projection_dims=8")
     _, rows = encoded.search(sets, 1)
     assert rows.ravel().tolist() == list(range(20))
-    for rescored in (True, sets):
-        with pytest.raises(FewbitsError, match="sets of vectors are rescored with muvera"):
-            encoded.search(sets, 1, rescored=rescored)
+    with pytest.raises(FewbitsError, match="rescore by the original file"):
+        encoded.search(sets, 1, rescored=True)
     with pytest.raises(FewbitsError, match=r"vectors of 8 dimensions, but .* from sets of 8"):
         encoded.search(x, 1)
     with pytest.raises(FewbitsError, match="muvera cannot be decoded"):

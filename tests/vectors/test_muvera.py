@@ -278,8 +278,7 @@ def test_reranking_all_documents_is_exact_chamfer(queries, documents):
     np.testing.assert_allclose(scores, -np.sort(-exact, axis=1)[:, :7], rtol=1e-5)
 
 
-def test_reranking_keeps_to_the_candidates_and_works_in_parts(queries, documents, monkeypatch):
-    monkeypatch.setattr(muvera, "RERANK_VECTORS", 20)
+def test_reranking_keeps_to_the_candidates(queries, documents):
     exact = chamfer(queries, documents)
     candidates = np.array([[4, -1, 9, 30], [1, 2, 3, -1], [0, 5, 6, 7], [8, 9, 10, 11], [-1] * 4])
     scores, rows = chamfer_rerank(queries, documents, candidates, 4)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -20,25 +20,38 @@ Batches = Callable[[str, int], Iterator[Any]]
 
 
 def open_parquet(path: Path, column: str | None = None) -> Source:
+    import pyarrow as pa
+
+    return parquet_source(path, path.name, lambda: pa.OSFile(str(path)), column)
+
+
+def parquet_source(
+    path: object, name: str, opened: Callable[[], IO[bytes]], column: str | None = None
+) -> Source:
+    """A Parquet file that `opened` opens, wherever it lies; `path` is for messages."""
     import pyarrow.parquet as pq
 
-    with pq.ParquetFile(path) as file:
+    with opened() as data, pq.ParquetFile(data) as file:
         schema, about = file.schema_arrow, file.metadata
-    name, depth = vector_column(path, column, schema)
+    chosen, depth = vector_column(path, column, schema)
 
-    def batches(name: str, size: int) -> Iterator[Any]:
+    def batches(column: str, size: int) -> Iterator[Any]:
         # Otherwise a column is held as a whole for each group of rows, however long.
-        with pq.ParquetFile(path, buffer_size=BUFFER_BYTES, pre_buffer=False) as file:
-            yield from (b.column(0) for b in file.iter_batches(size, columns=[name]))
+        with (
+            opened() as data,
+            pq.ParquetFile(data, buffer_size=BUFFER_BYTES, pre_buffer=False) as file,
+        ):
+            yield from (b.column(0) for b in file.iter_batches(size, columns=[column]))
 
     def count_numbers() -> int:
         paths = [about.schema.column(i).path for i in range(about.num_columns)]
         # Beside a column "a" there may be one called "a.b", whose path has more dots.
-        mine = min((p.count("."), i) for i, p in enumerate(paths) if p.startswith(f"{name}."))[1]
+        mine = min((p.count("."), i) for i, p in enumerate(paths) if p.startswith(f"{chosen}."))[1]
         groups = [about.row_group(i) for i in range(about.num_row_groups)]
         return sum(group.column(mine).num_values for group in groups)
 
-    return arrow_source(path, name, depth, schema, about.num_rows, batches, count_numbers)
+    layout = schema, chosen, depth
+    return arrow_source(path, name, layout, about.num_rows, batches, count_numbers)
 
 
 def open_arrow(path: Path, column: str | None = None) -> Source:
@@ -58,53 +71,55 @@ def open_arrow(path: Path, column: str | None = None) -> Source:
 
     with pa.memory_map(str(path)) as data:
         schema = (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(data).schema
-    name, depth = vector_column(path, column, schema)
+    chosen, depth = vector_column(path, column, schema)
 
-    def batches(name: str, size: int) -> Iterator[Any]:
+    def batches(column: str, size: int) -> Iterator[Any]:
         for batch in record_batches():
-            whole = batch.column(name)
+            whole = batch.column(column)
             whole.validate(full=True)  # what a file says of its own layout is not to be trusted
             yield from (whole.slice(s, size) for s in range(0, len(whole), size))
 
     def count_numbers() -> int:
-        return sum(len(flatten(whole, depth)) for whole in batches(name, 2**31))
+        return sum(len(flatten(whole, depth)) for whole in batches(chosen, 2**31))
 
     rows = sum(batch.num_rows for batch in record_batches())
-    return arrow_source(path, name, depth, schema, rows, batches, count_numbers)
+    layout = schema, chosen, depth
+    return arrow_source(path, path.name, layout, rows, batches, count_numbers)
 
 
 def arrow_source(
-    path: Path,
+    path: object,
     name: str,
-    depth: int,
-    schema: Any,
+    layout: tuple[Any, str, int],
     rows: int,
     batches: Batches,
     count_numbers: Callable[[], int],
 ) -> Source:
+    """A source called `name`; `layout` is its schema, its column, and how deep that is."""
+    schema, column, depth = layout
     if rows == 0:
         raise FewbitsError(f"{path} is empty: it has no rows")
-    first = next(filter(len, batches(name, min(rows, 64))), None)
+    first = next(filter(len, batches(column, min(rows, 64))), None)
     if first is None:
         raise FewbitsError(f"{path} is damaged: it announces {rows} rows, but has 0")
-    dims = width(list_to_vectors(first, name, depth))
+    dims = width(list_to_vectors(first, column, depth))
 
     def read(size: int) -> Iterator[Vectors]:
-        for batch in filter(len, batches(name, size)):
-            block = list_to_vectors(batch, name, depth)
+        for batch in filter(len, batches(column, size)):
+            block = list_to_vectors(batch, column, depth)
             if width(block) != dims:
-                raise FewbitsError(f"column {name!r} has vectors of different widths")
+                raise FewbitsError(f"column {column!r} has vectors of different widths")
             yield block
 
-    dtype = str(innermost(schema.field(name).type).to_pandas_dtype().__name__)
+    dtype = str(innermost(schema.field(column).type).to_pandas_dtype().__name__)
     vectors = count_numbers() // dims if depth == 2 and dims else None
-    return Source(path.name, rows, dims, dtype, read, vectors=vectors)
+    return Source(name, rows, dims, dtype, read, vectors=vectors)
 
 
 # -- columns -------------------------------------------------------------------------------
 
 
-def vector_column(path: Path, asked: str | None, schema: Any) -> tuple[str, int]:
+def vector_column(path: object, asked: str | None, schema: Any) -> tuple[str, int]:
     """The column of vectors (depth 1) or sets of vectors (depth 2) to read."""
     depths = {field.name: vector_depth(field.type) for field in schema}
     name = choose(path, asked, [name for name, depth in depths.items() if depth])

@@ -14,6 +14,7 @@ import json
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
@@ -24,6 +25,7 @@ from fewbits.core.checks import check_ragged, check_seed, check_vectors
 from fewbits.core.code import Code
 from fewbits.core.errors import FewbitsError
 from fewbits.core.search import Matches, Searcher, check_metric, exact_search, search_array
+from fewbits.core.stored import FaissForm, Stored, flat_form
 from fewbits.primitives.ragged import Ragged
 
 Vectors = np.ndarray | Ragged
@@ -77,6 +79,8 @@ class Codec:
     """The name in spec strings and in the catalogue."""
     takes: ClassVar[str] = "vectors"
     """``vectors`` for (n, d) arrays, ``sets`` for a `Ragged` set of vectors per item."""
+    cubic: ClassVar[bool] = False
+    """Whether `fit` costs O(d³) many times over, which is too much for thousands of dimensions."""
 
     dims_: int
     """Width d of the vectors this codec was fitted on."""
@@ -97,6 +101,17 @@ class Codec:
     def _searcher(self, code: Code, metric: str) -> Searcher:
         return DecodingSearcher(self, code, metric)
 
+    def _stored(self, metric: str) -> Stored:
+        def decoded(code: Code) -> np.ndarray:
+            return np.asarray(self._decode(code), dtype=np.float32)
+
+        # Not cosine, as in `search`: rows of unit length decode to others.
+        by = "l2" if metric == "l2" else "ip"
+        return Stored("floats", self.dims_, "float32", by, decoded)
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        return flat_form(self._stored(metric))
+
     def _check_state(self) -> None:
         """Raise ValueError when learned arrays read from a file do not fit together."""
 
@@ -104,6 +119,16 @@ class Codec:
     def grid(cls, dims: int, rows: int) -> list[str]:
         """Spec strings worth comparing on `rows` × `dims` vectors, from small to large."""
         return [cls.name]
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        """Ways to spend `size` bytes per item as the last stage of a chain.
+
+        Spec strings, each with the widest vectors it takes within that size: None where
+        vectors of any width take the same, so that shortening them first is worth a try, and
+        `MOST_DIMS` where that is not, because it shortens them itself.
+        """
+        return []
 
     # -- what a user calls ----------------------------------------------------------------
 
@@ -148,6 +173,16 @@ class Codec:
 
         queries = self._checked(queries)
         return self.searcher(code, metric).search(queries, check_k(k, len(code)))
+
+    def stored(self, metric: str = "cosine") -> Stored:
+        """In what form a vector store can hold the codes, where `metric` is searched by."""
+        self.require_fitted()
+        return self._stored(check_metric(metric))
+
+    def faiss_form(self, metric: str = "cosine") -> FaissForm:
+        """A faiss index that takes the codes as they are, or decoded where it cannot."""
+        self.require_fitted()
+        return self._faiss_form(check_metric(metric))
 
     # -- hyper-parameters and state -------------------------------------------------------
 
@@ -285,6 +320,20 @@ class Transform(Codec):
         """The metric to compare transformed vectors by, when the user asked for `metric`."""
         return metric
 
+    @classmethod
+    def to_width(cls, width: int) -> str:
+        """Spec string that gives vectors of `width`; empty where the width is no choice."""
+        return ""
+
+    @classmethod
+    def openings(cls, dims: int) -> list[tuple[str, int]]:
+        """For sets of vectors of `dims`: spec strings worth trying, and the widths they give."""
+        return []
+
+    def faiss_steps(self, metric: str) -> Sequence[Any] | None:
+        """`transform_queries` as ``faiss.VectorTransform``s, or None where they cannot do it."""
+        return None
+
     def _encode(self, x: Any) -> State:
         return {"vectors": self.transform(x)}
 
@@ -294,6 +343,22 @@ class Transform(Codec):
     def _searcher(self, code: Code, metric: str) -> Searcher:
         inner = FlatSearcher(code["vectors"], self.search_metric(metric))
         return TransformedSearcher(self, inner, metric)
+
+    def _stored(self, metric: str) -> Stored:
+        layout = self.code_layout()
+        if "vectors" not in layout:
+            return super()._stored(metric)
+        dtype, (dims,) = layout["vectors"]
+        by = "l2" if self.search_metric(metric) == "l2" else "ip"
+        plain = Stored("floats", dims, dtype, by, lambda code: code["vectors"])
+        return plain.after(lambda queries: self.transform_queries(queries, metric))
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        form = flat_form(self._stored(metric))
+        steps = self.faiss_steps(metric)
+        if form.queries is None or steps is None:
+            return form
+        return dataclasses.replace(form, steps=steps, queries=None)
 
 
 class Chain(Codec):
@@ -359,14 +424,34 @@ class Chain(Codec):
         return y
 
     def _searcher(self, code: Code, metric: str) -> Searcher:
-        asked = []
-        for transform in self.transforms:
-            asked.append(metric)
-            metric = transform.search_metric(metric)
+        asked, metric = self._asked_of_each(metric)
         searcher = self.last._searcher(code, metric)
-        for transform, given in zip(reversed(self.transforms), reversed(asked), strict=True):
+        for transform, given in asked:
             searcher = TransformedSearcher(transform, searcher, given)
         return searcher
+
+    def _asked_of_each(self, metric: str) -> tuple[list[tuple[Transform, str]], str]:
+        """The transforms, last one first, with the metric asked of each, and of the last codec."""
+        asked = []
+        for transform in self.transforms:
+            asked.append((transform, metric))
+            metric = transform.search_metric(metric)
+        return asked[::-1], metric
+
+    def _stored(self, metric: str) -> Stored:
+        asked, metric = self._asked_of_each(metric)
+        stored = self.last._stored(metric)
+        for transform, given in asked:
+            stored = stored.after(partial(transform.transform_queries, metric=given))
+        return stored
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        asked, metric = self._asked_of_each(metric)
+        form = self.last._faiss_form(metric)
+        for transform, given in asked:
+            queries = partial(transform.transform_queries, metric=given)
+            form = form.after(queries, transform.faiss_steps(given))
+        return form
 
 
 def chain(*stages: Codec) -> Codec:

@@ -22,8 +22,16 @@ from fewbits.core.codec import (
 )
 from fewbits.core.errors import FewbitsError
 from fewbits.core.readers import open_queries
-from fewbits.core.search import Matches, Searcher, check_metric, merge, rescore
+from fewbits.core.search import (
+    Matches,
+    Searcher,
+    check_metric,
+    merge,
+    rescore,
+    rescore_sets,
+)
 from fewbits.core.source import BLOCK_BYTES, Source, readable
+from fewbits.core.stores.npy_store import write_array
 
 CODEC_FILE = "codec.fewbits"
 CANDIDATES = 10
@@ -107,19 +115,11 @@ class Encoded:
             raise FewbitsError(f"decode writes .npy files; name the output {path.stem}.npy")
         container.refuse_existing(path, overwrite)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        header = {
-            "descr": "<f4",
-            "fortran_order": False,
-            "shape": (len(self), self.codec.dims_),
-        }
         made = container.make_folder(path)
         try:
-            with container.clear_errors(path), open(temporary, "wb") as file:
-                np.lib.format.write_array_header_1_0(file, header)
-                for block in self.blocks():
-                    file.write(np.ascontiguousarray(block, dtype="<f4").data)
-                file.flush()
-                os.fsync(file.fileno())
+            with container.clear_errors(path):
+                shape = (len(self), self.codec.dims_)
+                write_array(temporary, "float32", shape, self.blocks())
                 os.replace(temporary, path)
         finally:
             with contextlib.suppress(OSError):
@@ -141,7 +141,8 @@ class Encoded:
         ----------
         queries : (q, d) array, or anything `open_source` opens.
         rescored : True orders the best 10·k again by float query against decoded item; the
-            original vectors (array or file) order them again exactly.
+            original vectors (array or file) order them again exactly, and original sets by
+            their Chamfer score.
         column : array or column to read, where the queries or the originals have several.
 
         Returns
@@ -155,16 +156,23 @@ class Encoded:
         """
         k = check_k(k, len(self))
         opened = open_queries(queries, column)
-        if (opened.dims, opened.takes) != (self.codec.dims_, self.codec.takes):
-            raise FewbitsError(
-                f"the queries are {opened.takes} of {opened.dims} dimensions, but this "
-                f"collection was encoded from {self.codec.takes} of {self.codec.dims_}"
-            )
+        self.check_queries(opened)
         asked = opened.everything(normalize=self.metric == "cosine")
         if rescored is False:
             return self._scan(asked, k)
         _, rows = self._scan(asked, min(len(self), k * CANDIDATES))
-        return rescore(asked, rows, self._fetcher(rescored, column), k, self.metric)
+        fetch = self._fetcher(rescored, column)
+        if self.codec.takes == "sets":
+            return rescore_sets(asked, rows, fetch, k)
+        return rescore(asked, rows, fetch, k, self.metric)
+
+    def check_queries(self, queries: Source) -> None:
+        """Refuse queries of another kind or width than the items had."""
+        if (queries.dims, queries.takes) != (self.codec.dims_, self.codec.takes):
+            raise FewbitsError(
+                f"the queries are {queries.takes} of {queries.dims} dimensions, but this "
+                f"collection was encoded from {self.codec.takes} of {self.codec.dims_}"
+            )
 
     def _scan(self, queries: Any, k: int) -> Matches:
         if self._searchers is None:
@@ -177,17 +185,20 @@ class Encoded:
         return best
 
     def _fetcher(self, rescored: Any, column: str | None) -> Any:
-        if self.codec.takes == "sets":
-            raise FewbitsError("sets of vectors are rescored with muvera.chamfer_rerank instead")
+        """What gives the vectors (or sets) of row numbers that candidates are scored by."""
         if rescored is True:
+            if self.codec.takes == "sets":
+                raise FewbitsError("sets are not held in their codes; rescore by the original file")
             return self.decode
         originals = open_queries(rescored, column)
-        if originals.takes == "sets":
-            raise FewbitsError(f"{originals.name} has sets of vectors; give the vectors encoded")
+        if originals.takes != self.codec.takes:
+            raise FewbitsError(
+                f"{originals.name} has {originals.takes}; give the {self.codec.takes} encoded"
+            )
         if (originals.rows, originals.dims) != (len(self), self.codec.dims_):
             raise FewbitsError(
-                f"{originals.name} has {originals.rows} × {originals.dims} vectors, but the "
-                f"collection was made from {len(self)} × {self.codec.dims_}"
+                f"{originals.name} has {originals.rows} × {originals.dims} {originals.takes}, but "
+                f"the collection was made from {len(self)} × {self.codec.dims_}"
             )
         normalize = self.metric == "cosine"
         return lambda rows: originals.take(rows, normalize=normalize)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from fewbits.core.checks import check_seed
 from fewbits.core.codec import Codec, from_spec
 from fewbits.core.errors import FewbitsError
 from fewbits.core.frontier import Point
-from fewbits.core.progress import progress
+from fewbits.core.progress import Steps, progress
 from fewbits.core.readers import open_queries, open_source, read_qrels
 from fewbits.core.search import Matches, check_metric, search_array
 from fewbits.core.source import Source, sample_rows
@@ -30,6 +30,7 @@ CUTS = (1, 10, 100)
 ROWS = 100_000
 FIT_ROWS = 50_000
 QUERIES = 1_000
+ENGINES = ("local", "ray")
 LEAST_ROWS = 20
 """Fewer rows are not split into items and queries."""
 
@@ -43,11 +44,13 @@ class Comparison:
     input : what was compared: name, rows, dims, dtype, bytes per item, metric, queries.
     points : one `Point` per method and setting.
     left_out : methods that were not run, and why.
+    tried : where chains were searched for, what each kept in each round.
     """
 
     input: dict[str, Any]
     points: list[Point]
     left_out: list[dict[str, str]]
+    tried: list[dict[str, Any]] = field(default_factory=list)
 
     def cheapest(self, **at_least: float) -> Point:
         """The smallest point that keeps a quality: ``cheapest(recall_at_10=0.95)``."""
@@ -67,7 +70,8 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         points = [point.to_json() for point in self.points]
-        return {"input": self.input, "points": points, "left_out": self.left_out}
+        about = {"input": self.input, "points": points, "left_out": self.left_out}
+        return about | ({"tried": self.tried} if self.tried else {})
 
     def __str__(self) -> str:
         from fewbits.core.report import table_text
@@ -104,6 +108,7 @@ def compare(
     column: str | None = None,
     rows: int = ROWS,
     seed: int = 0,
+    engine: str = "local",
     show_progress: bool = False,
 ) -> Comparison:
     """Run every applicable method over a grid of sizes, and measure size, quality and speed.
@@ -122,6 +127,8 @@ def compare(
         figures on a sample are an upper bound.
     column : array or column to read, where there are several; in the queries too.
     seed : of held-out rows and samples; the seed of a method is an option of its spec.
+    engine : ``local``, or ``ray`` to try the methods at the same time on a Ray cluster, each on
+        one core. The figures are the same, except for the speeds.
 
     Raises
     ------
@@ -132,26 +139,27 @@ def compare(
     check_metric(metric)
     check_seed(seed)
     check_rows(rows)
+    check_engine(engine)
     asked = parse_methods(methods)
     source = open_source(x, column=column)
     queries = None if queries is None else open_queries(queries, column)
     trial, about = prepare(source, queries, qrels, metric, rows, seed)
     specs, left_out = plan(asked, source, len(trial.items))
-    points: list[Point] = []
     with progress("comparing", len(specs), show=show_progress) as bar:
-        for spec in specs:
-            bar.step(spec, 0)
-            try:
-                points.append(measure_point(from_spec(spec), trial, seed))
-            except (FewbitsError, RuntimeError, np.linalg.LinAlgError) as error:
-                # What a library says about one method must not cost the others.
-                left_out.append({"method": spec, "why": " ".join(str(error).split())})
-            bar.step()
+        results = try_all(specs, trial, seed, engine, bar)
+    points = [result for result in results if isinstance(result, Point)]
+    left_out += [result for result in results if not isinstance(result, Point)]
     if not points:
         why = left_out[0]["why"] if left_out else "no method takes this kind of input"
         raise FewbitsError(f"nothing could be compared: {why}")
     about["seconds"] = round(time.perf_counter() - start, 1)
     return Comparison(about, frontier.mark_frontier(points, target_of(points)), left_out)
+
+
+def check_engine(engine: str) -> None:
+    """Refuse another engine than the two there are."""
+    if engine not in ENGINES:
+        raise FewbitsError(f"there is no engine {engine!r}; choose one of {', '.join(ENGINES)}")
 
 
 def check_rows(rows: int) -> None:
@@ -303,6 +311,35 @@ def plan(
             why = f"nothing to choose for {rows} rows of {source.dims} dimensions"
             left_out.append({"method": row.name, "why": why})
     return list(dict.fromkeys(specs)), left_out
+
+
+def try_all(
+    specs: list[str], trial: Trial, seed: int, engine: str, bar: Steps
+) -> list[Point | dict[str, str]]:
+    """For each spec string its point, or why it has none."""
+    if engine == "local":
+        results = []
+        for spec in specs:
+            bar.step(spec, 0)
+            results.append(try_method(spec, trial, seed))
+            bar.step()
+        return results
+    from fewbits.core.cluster import map_on_ray
+
+    found = {}
+    for number, result in map_on_ray(try_method, specs, trial, seed):
+        found[number] = result
+        bar.step(specs[number])
+    return [found[number] for number in range(len(specs))]
+
+
+def try_method(spec: str, trial: Trial, seed: int) -> Point | dict[str, str]:
+    """The point of one method, or why it has none."""
+    try:
+        return measure_point(from_spec(spec), trial, seed)
+    except (FewbitsError, RuntimeError, np.linalg.LinAlgError) as error:
+        # What a library says about one method must not cost the others.
+        return {"method": spec, "why": " ".join(str(error).split())}
 
 
 def measure_point(codec: Codec, trial: Trial, seed: int) -> Point:

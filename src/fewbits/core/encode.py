@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import copy
-import math
+import functools
+import platform
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fewbits.core import container, frontier
+from fewbits.core import container, parts
 from fewbits.core.checks import check_seed
-from fewbits.core.code import join
-from fewbits.core.codec import Codec, from_description, from_spec, pack_state
+from fewbits.core.code import Code, join
+from fewbits.core.codec import Codec, from_spec, pack_state
 from fewbits.core.collection import (
     CODEC_FILE,
     Encoded,
     describe_collection,
     describe_source,
     load,
-    load_part,
     part_file,
 )
-from fewbits.core.compare import CUTS, FIT_ROWS, TARGET, compare, target_of
+from fewbits.core.compare import FIT_ROWS, check_engine
 from fewbits.core.errors import FewbitsError
-from fewbits.core.frontier import Point
+from fewbits.core.locations import is_shared, is_url, local_path
 from fewbits.core.progress import Steps, progress
 from fewbits.core.readers import open_source
 from fewbits.core.search import check_metric
 from fewbits.core.source import Source
+from fewbits.core.wish import Request, check_wish, choose
+from fewbits.core.workers import check_workers, map_in_threads, run_in_processes
 
 FIT_BYTES = 192 * 2**20
 """A codec is learned from a sample of at most so many float bytes."""
-DEFAULT_KEEP = {TARGET: 0.95}
-PART_FILES = "part-*.fewbits"
+PROCESS_BYTES = 512 * 2**20
+"""Less float bytes are encoded before other processes would have started."""
 
 
 def encode(
@@ -49,6 +53,8 @@ def encode(
     column: str | None = None,
     seed: int = 0,
     overwrite: bool = False,
+    engine: str = "local",
+    workers: int | None = None,
     show_progress: bool = False,
 ) -> Encoded:
     """Make a collection small.
@@ -62,7 +68,8 @@ def encode(
     ----------
     x : vectors (n, d) or sets of vectors: an array, or anything `readers.open_source` opens.
     output : ``.fewbits`` file to write, or a directory of parts when `x` is a directory of
-        shards. A directory left unfinished is gone on with. None keeps the codes in memory.
+        shards (or a pattern, or a URL, of several). A directory left unfinished is gone on
+        with. None keeps the codes in memory.
     method : spec string, or a codec; a fitted one is used as it is, another one is copied.
     keep : quality to keep, for example ``{"recall@10": 0.95}``.
     at_most : bytes per item to stay within.
@@ -72,6 +79,9 @@ def encode(
     seed : of the samples to learn from and to choose by.
     metric : ``cosine`` (rows are scaled to unit length), ``ip`` or ``l2``.
     overwrite : replace an output that exists.
+    engine : ``local``, or ``ray`` to encode shards on a Ray cluster whose machines share the
+        folder of `output`. The codes are the same.
+    workers : how many blocks or shards are encoded at a time; None is one for each core.
 
     Raises
     ------
@@ -80,101 +90,65 @@ def encode(
     """
     check_metric(metric)
     seed = check_seed(seed)
+    check_engine(engine)
+    threads = check_workers(workers)
     check_wish(method, keep, at_most, ratio, queries)
     source = open_source(x, column=column)
     if source.takes == "sets" and metric == "l2":
         raise FewbitsError("sets of vectors are compared by inner products; choose cosine or ip")
     wish = {"keep": keep, "at_most": at_most, "ratio": ratio, "queries": queries, "column": column}
+    request = Request(method, wish, metric, seed, overwrite, engine, workers, show_progress)
+    if engine == "ray":
+        check_shards(source, output)
     if output is not None:
+        if is_url(output):
+            raise FewbitsError(f"{output} is a URL; write to a local or mounted folder")
         output = Path(output)
         refuse_input(x, source, output)
         if len(source.parts) > 1:
-            return encode_parts(
-                source, output, method, wish, metric, seed, overwrite, show_progress
-            )
+            return encode_parts(source, output, request)
         container.refuse_existing(output, overwrite)
-    codec = fitted_codec(source, method, wish, metric, seed, show_progress)
+    codec = fitted_codec(source, request)
     with progress("encoding", source.rows, show=show_progress) as bar:
         if output is None:
-            codes = list(encode_blocks(codec, source, metric, bar))
+            codes = list(encode_blocks(codec, source, metric, bar, threads))
             return Encoded(codec, [join(codes)], metric, describe_source(source))
         about = describe_collection(codec, metric, describe_source(source))
-        write_codes(output, "encoded", about, codec, source, metric, bar, overwrite=overwrite)
+        layout = output, "encoded", about, overwrite
+        write_codes(layout, codec, source, metric, bar, threads)
     return load(output)
 
 
-def check_wish(
-    method: Any,
-    keep: dict[str, float] | None,
-    at_most: float | None,
-    ratio: float | None,
-    queries: Any,
-) -> None:
-    given = [value for value in (method, keep, at_most, ratio) if value is not None]
-    if len(given) > 1:
-        raise FewbitsError("give one of method, keep, at_most (--at-most) and ratio, not several")
-    if method is not None and queries is not None:
-        raise FewbitsError("queries help to choose a method; leave them out where you name one")
-    for name, value in (("at_most", at_most), ("ratio", ratio)):
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise FewbitsError(f"{name} must be a number above 0, not {value}")
-    measured = [f"recall@{cut}" for cut in CUTS]
-    for name, value in (keep or {}).items():
-        if name not in measured:
-            raise FewbitsError(f"{name!r} cannot be kept; choose one of {', '.join(measured)}")
-        if not 0 < value <= 1:
-            raise FewbitsError(f"{name} must be above 0 and at most 1, not {value}")
+def check_shards(source: Source, output: str | Path | None) -> None:
+    """Refuse what a cluster cannot work on: it reads shards, and writes parts."""
+    if output is None:
+        raise FewbitsError("the engine ray needs an output: a folder that all machines share")
+    if len(source.parts) < 2:
+        raise FewbitsError(
+            f"the engine ray encodes shards, but {source.name} is one file; leave --engine out, or "
+            "give a directory, a pattern or a URL of several files"
+        )
+    for part in source.parts:
+        if part.location is None or not is_shared(part.location):
+            raise FewbitsError(f"no other process can read {part.name}; write it to a file first")
 
 
 def refuse_input(x: Any, source: Source, output: Path) -> None:
     """The output must not take the place of the input, whatever --overwrite says."""
     if not isinstance(x, (str, Path)):
         return
+    locations = [str(local_path(x)), *(part.location or "" for part in source.parts)]
     with container.clear_errors(output):
-        for file in (Path(x), *(Path(x) / part.name for part in source.parts)):
+        for file in (Path(location) for location in locations if not is_url(location)):
             if output.exists() and file.exists() and output.samefile(file):
                 raise FewbitsError(f"{output} is the input; choose another name for the output")
 
 
-def choose(
-    source: Source, wish: dict[str, Any], metric: str, seed: int, show_progress: bool
-) -> str:
-    """Spec string of the codec that meets the wish best on a sample of the collection."""
-    compared = compare(
-        source,
-        wish["queries"],
-        metric=metric,
-        column=wish["column"],
-        seed=seed,
-        show_progress=show_progress,
-    )
-    points = worth_it(compared.points, source)
-    at_most = wish["at_most"]
-    if wish["ratio"] is not None:
-        at_most = source.bytes_per_item / wish["ratio"]
-    if at_most is not None:
-        return frontier.best(points, at_most, target_of(points)).spec
-    return frontier.cheapest(points, wish["keep"] or DEFAULT_KEEP).spec
-
-
-def worth_it(points: list[Point], source: Source) -> list[Point]:
-    """Points whose codes and codec together are smaller than the input; all where none is."""
-    whole = source.bytes_per_item * source.rows
-    smaller = [p for p in points if p.bytes_per_item * source.rows + p.codec_bytes < whole]
-    return smaller or points
-
-
-def fitted_codec(
-    source: Source,
-    method: str | Codec | None,
-    wish: dict[str, Any],
-    metric: str,
-    seed: int,
-    show_progress: bool,
-) -> Codec:
+def fitted_codec(source: Source, request: Request) -> Codec:
     """The codec to encode with, learned from a sample of bounded size."""
+    method = request.method
     if method is None:
-        method = choose(source, wish, metric, seed, show_progress)
+        method = choose(source, request)
     codec = from_spec(method) if isinstance(method, str) else method
     if codec.takes != source.takes:
         raise FewbitsError(
@@ -189,39 +163,46 @@ def fitted_codec(
         return codec
     per_item = 4 * source.dims * source.vectors / source.rows
     count = max(256, min(FIT_ROWS, int(FIT_BYTES / per_item)))
-    return copy.deepcopy(codec).fit(source.sample(count, seed, normalize=metric == "cosine"))
+    sample = source.sample(count, request.seed, normalize=request.metric == "cosine")
+    return copy.deepcopy(codec).fit(sample)
 
 
-def encode_blocks(codec: Codec, source: Source, metric: str, bar: Steps) -> Any:
-    """Codes of the blocks of a source, in order."""
-    for block in source.blocks(normalize=metric == "cosine"):
-        yield codec.encode(block)
-        bar.step(source.name, len(block))
+def encode_blocks(
+    codec: Codec, source: Source, metric: str, bar: Steps, threads: int = 1
+) -> Iterator[Code]:
+    """Codes of the blocks of a source, in order; `threads` blocks are encoded at a time."""
+
+    def encode_block(block: tuple[Any, np.ndarray]) -> Code:
+        return codec.encode(source.checked(*block, metric == "cosine"))
+
+    for code in map_in_threads(encode_block, source.numbered_blocks(), threads):
+        yield code
+        bar.step(source.name, len(code))
 
 
 def write_codes(
-    path: Path,
-    kind: str,
-    about: dict[str, Any],
+    layout: tuple[Path, str, dict[str, Any], bool],
     codec: Codec,
     source: Source,
     metric: str,
     bar: Steps,
-    *,
-    overwrite: bool = False,
+    threads: int,
 ) -> None:
-    """Encode a source straight into a file; a whole collection brings its codec along."""
+    """Encode a source straight into a file; a whole collection brings its codec along.
+
+    `layout` is the path, the kind of file, what it says of itself, and whether to overwrite.
+    """
+    path, kind, about, overwrite = layout
     learned = pack_state(codec) if kind == "encoded" else {}
-    layout = codec.code_layout()
     shapes = {
         f"code.{name}": (np.dtype(dtype), (source.rows, *shape))
-        for name, (dtype, shape) in layout.items()
+        for name, (dtype, shape) in codec.code_layout().items()
     }
     shapes |= {name: (array.dtype, array.shape) for name, array in learned.items()}
     with container.Writer(path, kind, about, shapes, overwrite=overwrite) as writer:
         for name, array in learned.items():
             writer.write(name, array)
-        for code in encode_blocks(codec, source, metric, bar):
+        for code in encode_blocks(codec, source, metric, bar, threads):
             for name, array in code.arrays.items():
                 writer.write(f"code.{name}", array)
 
@@ -229,106 +210,123 @@ def write_codes(
 # -- directories of parts ------------------------------------------------------------------
 
 
-def encode_parts(
-    source: Source,
-    folder: Path,
-    method: str | Codec | None,
-    wish: dict[str, Any],
-    metric: str,
-    seed: int,
-    overwrite: bool,
-    show_progress: bool,
-) -> Encoded:
+def encode_parts(source: Source, folder: Path, request: Request) -> Encoded:
     """Encode every shard into a part of its own; parts that are there already are kept."""
-    request = describe_request(source, method, wish, metric, seed)
-    check_folder(folder)
-    codec = None if overwrite else resume(folder, request)
+    asked = parts.describe_request(
+        source, request.method, request.wish, request.metric, request.seed
+    )
+    parts.check_folder(folder)
+    codec = None if request.overwrite else parts.resume(folder, asked)
     if codec is None:
-        codec = fitted_codec(source, method, wish, metric, seed, show_progress)
-        remove_parts(folder)
-        about = describe_collection(codec, metric, describe_source(source))
-        about |= {"parts": [part.name for part in source.parts], "request": request}
+        codec = fitted_codec(source, request)
+        parts.remove_parts(folder)
+        about = describe_collection(codec, request.metric, describe_source(source))
+        about |= {"parts": [part.name for part in source.parts], "request": asked}
         container.write(folder / CODEC_FILE, "codec", about, pack_state(codec))
-    files = [part_file(folder, number) for number in range(len(source.parts))]
-    done = [
-        finished(file, number, codec, part.rows)
-        for number, (file, part) in enumerate(zip(files, source.parts, strict=True))
+    missing = [
+        number
+        for number, part in enumerate(source.parts)
+        if not parts.finished(folder, number, part, codec)
     ]
-    if all(done):
+    if not missing:
         raise FewbitsError(f"{folder} exists already; choose another name or pass --overwrite")
-    with progress("encoding", source.rows, show=show_progress) as bar:
-        for number, part in enumerate(source.parts):
-            if done[number]:
-                bar.step(part.name, part.rows)
-                continue
-            about = {"codec": codec.digest, "part": number, "source": part.name}
-            write_codes(files[number], "part", about, codec, part, metric, bar, overwrite=True)
+    rows = [part.rows for part in source.parts]
+    with progress("encoding", sum(rows), show=request.show_progress) as bar:
+        bar.step("", sum(rows) - sum(rows[number] for number in missing))
+        encode_missing(source, folder, missing, codec, request, bar)
     return load(folder)
 
 
-def describe_request(
-    source: Source, method: str | Codec | None, wish: dict[str, Any], metric: str, seed: int
-) -> dict[str, Any]:
-    """What was asked for, so that only the same request goes on with unfinished work."""
-    if isinstance(method, Codec):
-        fitted = f" {method.digest}" if hasattr(method, "dims_") else ""
-        method = method.full_spec + fitted
-    queries = wish["queries"]
-    asked = wish | {"queries": str(queries) if isinstance(queries, (str, Path)) else None}
-    parts = [[part.name, part.rows, part.dims, part.dtype] for part in source.parts]
-    return {"method": method, "metric": metric, "seed": seed, "input": parts} | asked
-
-
-def check_folder(folder: Path) -> None:
-    """Refuse a folder that holds something else; leftovers of a killed process are deleted.
-
-    Raises
-    ------
-    FewbitsError
-        It is a file, or a folder with other things in it.
-    """
-    with container.clear_errors(folder):
-        if not folder.exists():
-            return
-        if not folder.is_dir():
-            raise FewbitsError(f"{folder} is a file, but sharded input is encoded into a directory")
-        stale = [f for name in (CODEC_FILE, PART_FILES) for f in folder.glob(f".{name}.*.tmp")]
-        if not (folder / CODEC_FILE).exists() and set(folder.iterdir()) - set(stale):
-            raise FewbitsError(f"{folder} exists and is not empty; choose another name")
-        for file in stale:
-            file.unlink()
-
-
-def resume(folder: Path, request: dict[str, Any]) -> Codec | None:
-    """The codec of a directory made by the same request; None where there is none yet.
-
-    Raises
-    ------
-    FewbitsError
-        The directory holds another encoding.
-    """
-    file = folder / CODEC_FILE
-    if not file.exists():
-        return None
-    content = container.read(file)
-    if content.about.get("request") != request:
-        raise FewbitsError(
-            f"{folder} holds another encoding; choose another name or pass --overwrite"
-        )
-    return from_description(content.about.get("codec"), content.arrays, file)
-
-
-def finished(file: Path, number: int, codec: Codec, rows: int) -> bool:
-    """Whether a part is there, whole, and of this codec."""
+def encode_missing(
+    source: Source, folder: Path, missing: list[int], codec: Codec, request: Request, bar: Steps
+) -> None:
+    """Encode the shards `missing`: here, in processes of this machine, or on Ray."""
+    workers = check_workers(request.workers)
+    processes = min(workers, len(missing))
+    if request.engine == "local" and not worth_processes(source, missing, processes):
+        for number in missing:
+            part = source.parts[number]
+            write_part(folder, number, part, codec, request.metric, bar, workers)
+        return
+    threads = 1 if request.engine == "ray" else workers // processes
+    tasks = [
+        PartTask.of(source.parts[number], str(folder.resolve()), number, request.metric, threads)
+        for number in missing
+    ]
     try:
-        return file.exists() and len(load_part(file, number, codec)) == rows
-    except FewbitsError:
-        return False
+        for place in finished_tasks(tasks, request, processes):
+            bar.step(tasks[place].name, tasks[place].rows)
+    finally:
+        parts.remove_leftovers(folder)
 
 
-def remove_parts(folder: Path) -> None:
-    """Delete the files of an encoded directory, and nothing else."""
-    with container.clear_errors(folder):
-        for name in (CODEC_FILE, PART_FILES):
-            for file in folder.glob(name):
-                file.unlink()
+def finished_tasks(tasks: list[PartTask], request: Request, processes: int) -> Iterator[int]:
+    """Run the tasks on other processes; gives the place of each when it is done."""
+    if request.engine == "local":
+        return run_in_processes(encode_part, tasks, processes)
+    from fewbits.core.cluster import run_on_ray
+
+    return run_on_ray(encode_part, tasks, request.workers)
+
+
+def worth_processes(source: Source, missing: list[int], processes: int) -> bool:
+    """Whether shards are better encoded by other processes, which take a second to start."""
+    shards = [source.parts[number] for number in missing]
+    reachable = all(part.location and is_shared(part.location) for part in shards)
+    size = sum(4 * part.vectors * part.dims for part in shards)
+    return processes > 1 and reachable and size >= PROCESS_BYTES
+
+
+def write_part(
+    folder: Path, number: int, part: Source, codec: Codec, metric: str, bar: Steps, threads: int
+) -> None:
+    about = parts.describe_part(number, part, codec)
+    layout = part_file(folder, number), "part", about, True
+    write_codes(layout, codec, part, metric, bar, threads)
+
+
+@dataclass(frozen=True)
+class PartTask:
+    """All that another process must know to encode a shard."""
+
+    folder: str
+    number: int
+    location: str
+    column: str | None
+    name: str
+    rows: int
+    metric: str
+    threads: int
+
+    @classmethod
+    def of(cls, part: Source, folder: str, number: int, metric: str, threads: int) -> PartTask:
+        location = str(part.location)
+        return cls(folder, number, location, part.column, part.name, part.rows, metric, threads)
+
+
+def encode_part(task: PartTask, bar: Steps) -> None:
+    """Encode one shard, in whatever process, on whatever machine.
+
+    Raises
+    ------
+    FewbitsError
+        The folder or the shard is not there, or the shard is another one by now.
+    """
+    folder = Path(task.folder)
+    if not (folder / CODEC_FILE).exists():
+        raise FewbitsError(
+            f"{folder} is not seen by the worker on {platform.node()}; the output must be a folder "
+            "that all machines share"
+        )
+    part = open_source(task.location, column=task.column)
+    if part.rows != task.rows:
+        raise FewbitsError(f"{task.name} was changed while it was encoded; run the command again")
+    codec = read_codec(folder / CODEC_FILE, (folder / CODEC_FILE).stat().st_mtime_ns)
+    write_part(folder, task.number, part, codec, task.metric, bar, task.threads)
+
+
+@functools.lru_cache(maxsize=1)
+def read_codec(file: Path, written: int) -> Codec:
+    """The codec of a directory, read once by each worker; `written` tells a newer file."""
+    codec: Codec = Codec.load(file)
+    return codec

@@ -19,6 +19,11 @@ class Steps:
         if self._bar is not None:
             self._bar.update(self._task, advance=count, what=what)
 
+    def extend(self, count: float) -> None:
+        """Say that there are `count` more steps to do than was known."""
+        if self._bar is not None:
+            self._bar.update(self._task, total=self._bar.tasks[self._task].total + count)
+
 
 @contextlib.contextmanager
 def progress(label: str, total: float, *, show: bool = True) -> Iterator[Steps]:

@@ -13,7 +13,6 @@ import math
 import shutil
 import sys
 import tempfile
-import tokenize
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +24,17 @@ from fewbits.core.arrow_readers import open_arrow, open_parquet
 from fewbits.core.checks import NUMBERS
 from fewbits.core.codec import Vectors
 from fewbits.core.errors import FewbitsError
+from fewbits.core.locations import (
+    SUFFIXES,
+    file_stamp,
+    fixed_folder,
+    is_pattern,
+    is_url,
+    local_path,
+    matching_files,
+    url_source,
+)
+from fewbits.core.npy_header import npy_header
 from fewbits.core.source import (
     SeveralTablesError,
     Source,
@@ -32,10 +42,9 @@ from fewbits.core.source import (
     choose,
     memory_source,
     readable,
+    sharded_source,
 )
 from fewbits.primitives.ragged import Ragged
-
-SUFFIXES = (".npy", ".npz", ".parquet", ".arrow", ".feather", ".fvecs", ".bvecs", ".safetensors")
 
 
 def open_source(x: Any, *, column: str | None = None) -> Source:
@@ -44,7 +53,8 @@ def open_source(x: Any, *, column: str | None = None) -> Source:
     Parameters
     ----------
     x : (n, d) array, `Ragged`, list of (t_i, d) arrays, path of a file or of a directory of
-        shards, ``-`` for an ``.npy`` on standard input, or ``example:python-docs``.
+        shards, a pattern such as ``shards/*.parquet``, a URL that fsspec opens, ``-`` for an
+        ``.npy`` on standard input, or ``example:python-docs``.
     column : the array (``.npz``, ``.safetensors``) or column (Parquet, Arrow) to read, where
         there are several.
 
@@ -63,20 +73,33 @@ def open_source(x: Any, *, column: str | None = None) -> Source:
         return stdin_source(sys.stdin.buffer)
     if str(x).startswith("example:"):
         return example_source(str(x))
-    path = Path(x)
+    if is_url(x):
+        return url_source(str(x), column)
+    path = local_path(x)
     with readable(path):
+        if is_pattern(path):
+            return files_source(matching_files(path), path, column)
         if not path.exists():
             raise FewbitsError(f"there is no file {path}")
         if path.is_dir():
             return directory_source(path, column)
-        opener = OPENERS.get(path.suffix.lower())
-        if opener is None:
-            raise FewbitsError(
-                f"{path} is not a kind of file fewbits reads; it reads {', '.join(SUFFIXES)}"
-            )
-        if path.stat().st_size == 0:
-            raise FewbitsError(f"{path} is empty: it has no bytes")
-        return opener(path, column)
+        return file_source(path, column)
+
+
+def file_source(path: Path, column: str | None = None) -> Source:
+    """One file of a kind that its name ends with."""
+    opener = OPENERS.get(path.suffix.lower())
+    if opener is None:
+        raise FewbitsError(
+            f"{path} is not a kind of file fewbits reads; it reads {', '.join(SUFFIXES)}"
+        )
+    if path.stat().st_size == 0:
+        raise FewbitsError(f"{path} is empty: it has no bytes")
+    stamp = file_stamp(path)
+    source = opener(path, column)
+    # Absolute, because another process may be at home in another folder.
+    source.location, source.stamp, source.column = str(path.resolve()), stamp, column
+    return source
 
 
 def open_queries(x: Any, column: str | None = None) -> Source:
@@ -88,17 +111,6 @@ def open_queries(x: Any, column: str | None = None) -> Source:
 
 
 # -- .npy ----------------------------------------------------------------------------------
-
-
-def npy_header(file: IO[bytes], name: object) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Shape, Fortran order and dtype of the ``.npy`` that starts here."""
-    try:
-        version = np.lib.format.read_magic(file)
-        if version == (1, 0):
-            return np.lib.format.read_array_header_1_0(file)
-        return np.lib.format.read_array_header_2_0(file)
-    except (ValueError, tokenize.TokenError):
-        raise FewbitsError(f"{name} is not an .npy file, or its header is damaged") from None
 
 
 def open_npy(path: Path, column: str | None = None) -> Source:
@@ -310,7 +322,7 @@ def npz_sets(path: Path, name: str, ends: np.ndarray, rows: int) -> Iterator[Rag
         yield Ragged(joined[:need], ends[first : last + 1] - ends[first])
 
 
-# -- a directory of shards -----------------------------------------------------------------
+# -- shards --------------------------------------------------------------------------------
 
 
 def directory_source(path: Path, column: str | None = None) -> Source:
@@ -322,28 +334,16 @@ def directory_source(path: Path, column: str | None = None) -> Source:
     )
     if not files:
         raise FewbitsError(f"{path} holds no file that fewbits reads: {', '.join(SUFFIXES)}")
-    parts = [open_source(file, column=column) for file in files]
-    first = parts[0]
-    for part in parts[1:]:
-        if (part.dims, part.takes) != (first.dims, first.takes):
-            raise FewbitsError(
-                f"the files of {path} do not fit together: {first.name} has {first.takes} of "
-                f"{first.dims} dimensions, {part.name} has {part.takes} of {part.dims}"
-            )
+    return files_source(files, path, column)
 
-    def read(rows: int) -> Iterator[Vectors]:
-        for part in parts:
-            yield from part.raw_blocks(rows)
 
-    return Source(
-        path.resolve().name,
-        sum(part.rows for part in parts),
-        first.dims,
-        max((part.dtype for part in parts), key=lambda dtype: np.dtype(dtype).itemsize),
-        read,
-        vectors=sum(part.vectors for part in parts) if first.takes == "sets" else None,
-        parts=parts,
-    )
+def files_source(files: list[Path], where: Path, column: str | None = None) -> Source:
+    """Files that together are the collection of the directory or pattern `where`."""
+    parts = []
+    for file in files:
+        with readable(file):
+            parts.append(file_source(file, column))
+    return sharded_source(fixed_folder(where).resolve().name, where, parts)
 
 
 OPENERS: dict[str, Callable[[Path, str | None], Source]] = {

@@ -32,6 +32,7 @@ from fewbits.core.report_text import (
     quality_names,
     sorted_points,
     table_columns,
+    tried_words,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def print_table(
         notes = print_rows(points, quality_names(comparison), console, target)
     else:
         notes = ["No method could be compared."]
+    notes += filter(None, [tried_words(comparison)])
     left_out = left_out_reasons(comparison).items()
     notes += [f"left out: {methods}: {why}" for why, methods in left_out]
     for note in notes:

@@ -110,6 +110,15 @@ def left_out_reasons(comparison: Comparison) -> dict[str, str]:
     return {why: ", ".join(methods) for why, methods in reasons.items()}
 
 
+def tried_words(comparison: Comparison) -> str:
+    """How many chains were tried on how many rows; empty where none were searched for."""
+    rounds: dict[int, int] = {}
+    for entry in comparison.get("tried", []):
+        rounds[entry["rows"]] = rounds.get(entry["rows"], 0) + 1
+    tried = [f"{count:,} on {rows:,} rows" for rows, count in rounds.items()]
+    return f"chains tried: {', then '.join(tried)}" if tried else ""
+
+
 def table_columns(qualities: list[str]) -> dict[str, Callable[[Point], str]]:
     """Heading → cell text of a point, from left to right."""
 

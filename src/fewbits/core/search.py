@@ -12,6 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from fewbits.core.errors import FewbitsError
+from fewbits.primitives.ragged import Ragged, chamfer
 
 METRICS = ("cosine", "ip", "l2")
 
@@ -102,3 +103,35 @@ def rescore(
         )
     scores[rows < 0] = -np.inf
     return merge(None, (scores, rows), 0, k)
+
+
+def rescore_sets(
+    queries: Ragged,
+    rows: np.ndarray,
+    fetch: Callable[[np.ndarray], Ragged],
+    k: int,
+    *,
+    batch: int = 16,
+) -> Matches:
+    """Order the candidate `rows` (q, c) of sets by their exact Chamfer score, and keep `k`.
+
+    `fetch` returns the sets of increasing rows; it is asked for the candidates of `batch` queries
+    at a time. A row of -1 stays last. Cost O(q · c · |Q| · |P| · d); memory that of the sets of
+    batch · c candidates.
+    """
+    scores = np.full(rows.shape, -np.inf, dtype=np.float32)
+    for start in range(0, len(queries), batch):
+        part = rows[start : start + batch]
+        there = part >= 0
+        if not there.any():
+            continue
+        wanted, where = np.unique(part, return_inverse=True)
+        found = fetch(wanted[wanted >= 0])
+        where = where.reshape(part.shape) - int(wanted[0] < 0)
+        # Each query meets its own candidates: one large matrix product per query.
+        for number, mine in enumerate(there):
+            if mine.any():
+                own = found.take(where[number, mine])
+                query = queries[start + number : start + number + 1]
+                scores[start + number, mine] = chamfer(query, own)[0]
+    return merge(None, (scores, rows.astype(np.int64)), 0, k)

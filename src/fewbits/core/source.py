@@ -18,6 +18,8 @@ from fewbits.primitives.ragged import Ragged, join
 
 BLOCK_BYTES = 16 * 2**20
 """Float bytes read at a time."""
+SAMPLED_SHARDS = 64
+"""A sample of a collection of more shards reads no more than these: others may be far away."""
 
 UNREADABLE = (
     OSError,
@@ -46,7 +48,14 @@ class Source:
     takes : ``vectors`` (one vector per item) or ``sets`` (several per item).
     parts : the shards it is made of; a single file is its own only part.
     bytes_per_item : bytes the input itself spends on an item, on average.
+    location : path or URL that another process can open it from; None where there is none.
+    column : the array or column read from there, if one was asked for.
+    stamp : size and time of that file when it was opened.
     """
+
+    location: str | None = None
+    column: str | None = None
+    stamp: list[int | str | None] | None = None
 
     def __init__(
         self,
@@ -103,6 +112,13 @@ class Source:
                 f"{self.name} is damaged: it announces {self.rows} rows, but has {has}"
             )
 
+    def numbered_blocks(self, rows: int | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+        """The raw blocks, each with the numbers of its items."""
+        first = 0
+        for block in self.raw_blocks(rows):
+            yield block, np.arange(first, first + len(block))
+            first += len(block)
+
     def blocks(self, rows: int | None = None, *, normalize: bool = False) -> Iterator[Any]:
         """All items in order, as checked float32 blocks of at most `rows` items.
 
@@ -111,12 +127,10 @@ class Source:
         FewbitsError
             NaN or infinity, a row without direction when `normalize` is set, a damaged file.
         """
-        first = 0
-        for block in self.raw_blocks(rows):
-            yield self._checked(block, np.arange(first, first + len(block)), normalize)
-            first += len(block)
+        for block, numbers in self.numbered_blocks(rows):
+            yield self.checked(block, numbers, normalize)
 
-    def _checked(self, block: Vectors, rows: np.ndarray, normalize: bool) -> Any:
+    def checked(self, block: Vectors, rows: np.ndarray, normalize: bool) -> Any:
         """A block as float32; `rows` are the numbers of its items, for messages."""
         if not isinstance(block, Ragged):
             x = check_vectors(block, rows=rows, what=self.name)
@@ -130,7 +144,7 @@ class Source:
         """The items `rows` (increasing row numbers, at least one), in that order."""
         rows = np.asarray(rows, dtype=np.int64)
         if self._array is not None:
-            return self._checked(self._array[rows], rows, normalize)
+            return self.checked(self._array[rows], rows, normalize)
         table = np.empty((len(rows), self.dims), np.float32) if self.takes == "vectors" else None
         sets, done, first = [], 0, 0
         for block in self.raw_blocks():
@@ -138,7 +152,7 @@ class Source:
             inside = rows[done:stop] - first
             if len(inside):
                 picked = block.take(inside) if isinstance(block, Ragged) else block[inside]
-                checked = self._checked(picked, rows[done:stop], normalize)
+                checked = self.checked(picked, rows[done:stop], normalize)
                 if table is None:
                     sets.append(checked)
                 else:
@@ -149,8 +163,22 @@ class Source:
         return join(sets) if table is None else table
 
     def sample(self, count: int, seed: int, *, normalize: bool = False) -> Any:
-        """At most `count` items drawn without replacement, in file order."""
-        return self.take(sample_rows(self.rows, count, seed), normalize=normalize)
+        """At most `count` items drawn without replacement, in file order.
+
+        Of many shards only `SAMPLED_SHARDS`, drawn at random, are read.
+        """
+        if len(self.parts) <= SAMPLED_SHARDS:
+            return self.take(sample_rows(self.rows, count, seed), normalize=normalize)
+        drawn = [self.parts[i] for i in sample_rows(len(self.parts), SAMPLED_SHARDS, seed)]
+        starts = np.cumsum([0] + [part.rows for part in drawn])
+        rows = sample_rows(int(starts[-1]), count, seed)
+        cuts = np.searchsorted(rows, starts)
+        pieces = [
+            part.take(rows[cuts[i] : cuts[i + 1]] - starts[i], normalize=normalize)
+            for i, part in enumerate(drawn)
+            if cuts[i] < cuts[i + 1]
+        ]
+        return np.concatenate(pieces) if self.takes == "vectors" else join(pieces)
 
     def everything(self, *, normalize: bool = False) -> Any:
         """All items at once; only for small inputs such as queries."""
@@ -212,6 +240,40 @@ def choose(path: object, asked: str | None, names: list[str]) -> str:
         raise FewbitsError(f"{path} has no table of vectors in it")
     raise SeveralTablesError(
         f"{path} has several tables of vectors; pass --column with one of: {', '.join(names)}"
+    )
+
+
+# -- shards --------------------------------------------------------------------------------
+
+
+def sharded_source(name: str, where: object, parts: list[Source]) -> Source:
+    """The shards found at `where`, one after another, as one collection.
+
+    Raises
+    ------
+    FewbitsError
+        Shards of different widths or kinds.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if (part.dims, part.takes) != (first.dims, first.takes):
+            raise FewbitsError(
+                f"the files of {where} do not fit together: {first.name} has {first.takes} of "
+                f"{first.dims} dimensions, {part.name} has {part.takes} of {part.dims}"
+            )
+
+    def read(rows: int) -> Iterator[Vectors]:
+        for part in parts:
+            yield from part.raw_blocks(rows)
+
+    return Source(
+        name,
+        sum(part.rows for part in parts),
+        first.dims,
+        max((part.dtype for part in parts), key=lambda dtype: np.dtype(dtype).itemsize),
+        read,
+        vectors=sum(part.vectors for part in parts) if first.takes == "sets" else None,
+        parts=parts,
     )
 
 

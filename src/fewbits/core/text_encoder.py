@@ -59,7 +59,7 @@ class TextEncoder:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             self.tokenizer: Any = transformers.AutoTokenizer.from_pretrained(source)
-            with _without_progress_bars(transformers.utils.logging):
+            with without_progress_bars(transformers.utils.logging):
                 loaded: Any = transformers.AutoModel.from_pretrained(
                     source, use_safetensors=True, dtype=torch.float32
                 )
@@ -204,7 +204,7 @@ def _packaged_model() -> Path:
 
 
 @contextmanager
-def _without_progress_bars(logging: Any) -> Iterator[None]:
+def without_progress_bars(logging: Any) -> Iterator[None]:
     """Keep transformers from drawing a bar while it reads a file that takes no time to read."""
     enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -56,6 +56,7 @@ class AdditiveBits(Codec):
     """
 
     name: ClassVar[str] = "additive-bits"
+    cubic: ClassVar[bool] = True
 
     bytes: int = 48
     seed: int = 0
@@ -74,6 +75,10 @@ class AdditiveBits(Codec):
     """(d,) float32: c."""
     length_: np.ndarray = learned()
     """(1,) float32: mean length of the rows."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"additive-bits:bytes={size}", None)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:

@@ -6,6 +6,7 @@ that files stay specified and nothing from a file is trusted unseen.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -14,13 +15,17 @@ import numpy as np
 
 from fewbits.core.checks import LARGEST
 from fewbits.core.code import Code
-from fewbits.core.codec import Codec, DecodingSearcher, State, learned
+from fewbits.core.codec import MOST_DIMS, Codec, DecodingSearcher, State, learned
 from fewbits.core.errors import FewbitsError
 from fewbits.core.search import Matches, Searcher
+from fewbits.core.stored import FaissForm, Stored, flat_form, grid_form, linear_step, padding_steps
 from fewbits.primitives.bits import pack, packed_width, unpack
 from fewbits.primitives.level_scan import LevelScan
 from fewbits.primitives.lloyd_max import nearest_level, normal_levels
 from fewbits.primitives.rotation import project, random_rotation
+
+SIGNS = np.array([-1, 1], dtype=np.float32)
+HALF_SIGNS = SIGNS.astype(np.float16)
 
 
 def byte_grid(dims: int, most: int | None = None) -> list[int]:
@@ -76,6 +81,20 @@ class FaissCodec(Codec):
     def _searcher(self, code: Code, metric: str) -> Searcher:
         return FaissSearcher(self._index("l2" if metric == "l2" else "ip"), code["codes"])
 
+    def _faiss_form(self, metric: str) -> FaissForm:
+        index = self._index("l2" if metric == "l2" else "ip")
+        steps = [*self._faiss_rotation(), *padding_steps(self._faiss_dims, index.d)]
+        return FaissForm(index, lambda code: np.ascontiguousarray(code["codes"]), steps)
+
+    @property
+    def _faiss_dims(self) -> int:
+        """Width of queries after `_faiss_rotation`."""
+        return self.dims_
+
+    def _faiss_rotation(self) -> list[Any]:
+        """What queries go through before the index."""
+        return []
+
 
 def faiss_metric(metric: str) -> int:
     import faiss
@@ -89,6 +108,10 @@ class Float16(FaissCodec):
 
     name: ClassVar[str] = "float16"
 
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [("float16", size // 2)]
+
     def _index(self, metric: str) -> Any:
         import faiss
 
@@ -100,6 +123,12 @@ class Float16(FaissCodec):
             raise FewbitsError("float16 cannot hold values beyond 65504; scale the vectors first")
         return super()._encode(x)
 
+    def _stored(self, metric: str) -> Stored:
+        def halves(code: Code) -> np.ndarray:
+            return np.ascontiguousarray(code["codes"]).view("<f2")
+
+        return dataclasses.replace(super()._stored(metric), dtype="float16", rows=halves)
+
 
 @dataclass
 class Int8(FaissCodec):
@@ -109,12 +138,45 @@ class Int8(FaissCodec):
     range_: np.ndarray = learned()
     """(2, d) float32: least value of each dimension, and width of its range."""
 
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [("int8", size)]
+
     def _fit(self, x: np.ndarray) -> None:
         low = x.min(axis=0)
         self.range_ = np.stack([low, x.max(axis=0) - low])
 
     def _check_state(self) -> None:
         check_arrays(self.name, range=(self.range_, (2, self.dims_)))
+
+    def _fits_half(self) -> bool:
+        """Whether half precision rounds by at most half of a step in every dimension."""
+        low, span = self.range_
+        largest = np.maximum(np.abs(low), np.abs(low + span))
+        fine = (largest / 2048 <= span / 510) | (span == 0)
+        return bool(fine.all() and largest.max() <= np.finfo(np.float16).max)
+
+    def _stored(self, metric: str) -> Stored:
+        floats = super()._stored(metric)
+        if self._fits_half():
+            floats = dataclasses.replace(
+                floats,
+                dtype="float16",
+                rows=lambda code: self._decode(code).astype(np.float16),
+            )
+        if metric == "l2":
+            return floats
+        # A number n stands for low + (n + 1/2)·width/255, and all but n·width is the same for
+        # every row, so a query takes the width.
+        return Stored(
+            "integers",
+            self.dims_,
+            "uint8",
+            "ip",
+            lambda code: code["codes"],
+            lambda queries: queries * (self.range_[1] / 255),
+            floats,
+        )
 
     def _index(self, metric: str) -> Any:
         import faiss
@@ -142,6 +204,10 @@ class PQ(FaissCodec):
 
     centroids_: np.ndarray = learned()
     """(bytes, 256, d / bytes) float32."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"pq:bytes={size}", None)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -221,6 +287,7 @@ class OPQ(PQ):
     """
 
     name: ClassVar[str] = "opq"
+    cubic: ClassVar[bool] = True
     bytes: int = 48
     dims: int | None = None
     rounds: int = 25
@@ -228,6 +295,11 @@ class OPQ(PQ):
 
     rotation_: np.ndarray = learned()
     """(d, dims) float32 with orthonormal columns."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        narrow = [(f"opq:bytes={size},dims={each * size}", MOST_DIMS) for each in (2, 4)]
+        return [(f"opq:bytes={size}", None), *narrow]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -285,6 +357,13 @@ class OPQ(PQ):
         index = self._index("l2" if metric == "l2" else "ip")
         return FaissSearcher(index, code["codes"], self.rotation_)
 
+    @property
+    def _faiss_dims(self) -> int:
+        return self.coded_dims
+
+    def _faiss_rotation(self) -> list[Any]:
+        return [linear_step(self.rotation_)]
+
 
 @dataclass
 class RaBitQ(FaissCodec):
@@ -302,6 +381,12 @@ class RaBitQ(FaissCodec):
     """(d, d) float32, orthogonal."""
     center_: np.ndarray = learned()
     """(d,) float32, mean of the rotated vectors."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        # One bit: 8 bytes of factors; more: 20, and the signs lie apart from the other bits.
+        single: list[tuple[str, int | None]] = [("rabitq:bits=1", 8 * (size - 8))]
+        return single + [(f"rabitq:bits={b}", 8 * ((size - 20) // b)) for b in (2, 3, 4, 8)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -363,6 +448,12 @@ class RaBitQ(FaissCodec):
         searcher = FaissSearcher(self._index("l2"), code["codes"], self.rotation_)
         return CosineSearcher(searcher) if metric == "cosine" else searcher
 
+    def _faiss_form(self, metric: str) -> FaissForm:
+        return flat_form(self._stored(metric)) if metric == "ip" else super()._faiss_form(metric)
+
+    def _faiss_rotation(self) -> list[Any]:
+        return [linear_step(self.rotation_)]
+
 
 class CosineSearcher:
     """Turns the distances that a search among unit rows finds into inner products."""
@@ -392,6 +483,10 @@ class TurboQuant(Codec):
 
     rotation_: np.ndarray = learned()
     """(d, d) float32, orthogonal."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"turboquant:bits={b}", 8 * (size - 2) // b) for b in (1, 2, 3, 4)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -428,6 +523,13 @@ class TurboQuant(Codec):
         norms = code["norms"].astype(np.float32)
         scan = LevelScan(code["packed"], self.dims_, self.bits, self.levels, norms)
         return PreparedSearcher(lambda queries: queries @ self.rotation_, scan)
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        if metric != "cosine" or self.bits not in (1, 2, 4, 8):
+            return super()._faiss_form(metric)
+        # Rows of unit length do not need their norms.
+        form = grid_form("packed", np.tile(self.levels, (self.dims_, 1)), self.bits)
+        return dataclasses.replace(form, steps=[linear_step(self.rotation_), *form.steps])
 
 
 class PreparedSearcher:
@@ -502,11 +604,41 @@ class SignCodec(Codec):
     def _searcher(self, code: Code, metric: str) -> Searcher:
         if metric == "l2":
             return DecodingSearcher(self, code, metric)
-        signs = np.array([-1, 1], dtype=np.float32)
-        scan = LevelScan(code["bits"], self.width, 1, signs)
+        scan = LevelScan(code["bits"], self.width, 1, SIGNS)
         return PreparedSearcher(
             lambda queries: self._query_coordinates(queries) * self.scale_, scan, self.mean_
         )
+
+    def _stored(self, metric: str) -> Stored:
+        floats = super()._stored(metric)
+        if metric != "l2":
+            floats = Stored(
+                "floats",
+                self.width,
+                "float16",
+                "ip",
+                lambda code: HALF_SIGNS[unpack(code["bits"], self.width, 1)],
+                lambda queries: self._query_coordinates(queries) * self.scale_,
+            )
+        return Stored(
+            "bits",
+            self.width,
+            "uint8",
+            "hamming",
+            lambda code: code["bits"],
+            self._signs,
+            floats,
+        )
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        if metric == "l2":
+            return super()._faiss_form(metric)
+        form = grid_form("bits", self.scale_[:, None] * SIGNS, 1)
+        return dataclasses.replace(form, steps=[*self._faiss_rotation(), *form.steps])
+
+    def _faiss_rotation(self) -> list[Any]:
+        """`_query_coordinates` as steps of faiss."""
+        return []
 
 
 @dataclass
@@ -514,6 +646,10 @@ class Sign(SignCodec):
     """One bit per dimension: whether it is above its mean."""
 
     name: ClassVar[str] = "sign"
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [("sign", 8 * size)]
 
 
 @dataclass
@@ -547,6 +683,9 @@ class ProjectedSignCodec(SignCodec):
     def _query_coordinates(self, queries: np.ndarray) -> np.ndarray:
         return np.asarray(queries @ np.linalg.pinv(self.projection_).T)
 
+    def _faiss_rotation(self) -> list[Any]:
+        return [linear_step(np.linalg.pinv(self.projection_).T)]
+
     def _check_state(self) -> None:
         super()._check_state()
         check_arrays(self.name, projection=(self.projection_, (self.dims_, self.width)))
@@ -563,6 +702,10 @@ class LSH(ProjectedSignCodec):
     """
 
     name: ClassVar[str] = "lsh"
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"lsh:bits={8 * size}", None)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -590,6 +733,11 @@ class ITQ(ProjectedSignCodec):
     """
 
     name: ClassVar[str] = "itq"
+    cubic: ClassVar[bool] = True
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"itq:bits={8 * size}", MOST_DIMS)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:

@@ -26,9 +26,10 @@ import numpy as np
 
 from fewbits.core.checks import check_k, check_vectors
 from fewbits.core.code import Code
-from fewbits.core.codec import Codec, DecodingSearcher, State, learned, rows_per_block
+from fewbits.core.codec import MOST_DIMS, Codec, DecodingSearcher, State, learned, rows_per_block
 from fewbits.core.errors import FewbitsError, require
 from fewbits.core.search import Matches, Searcher, exact_search
+from fewbits.core.stored import FaissForm, Stored, linear_step
 from fewbits.primitives.bits import pack, packed_width, unpack
 from fewbits.primitives.level_scan import LevelScan
 from fewbits.vectors._bebr_codes import Block, block_shapes, code_values, odd_integers, unit
@@ -79,6 +80,7 @@ class BEBR(Codec):
     """
 
     name: ClassVar[str] = "bebr"
+    cubic: ClassVar[bool] = True
 
     bits: int = 2
     dims: int | None = None
@@ -105,6 +107,10 @@ class BEBR(Codec):
     """(1,) float32: mean length of the rows."""
     partner_: np.ndarray = learned()
     """(32,) uint8: digest of the codec whose codes `search_old` searches, or (0,)."""
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"bebr:bits={bits},dims={8 * size // bits}", MOST_DIMS) for bits in (1, 2, 3, 4)]
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
@@ -400,6 +406,51 @@ class BEBR(Codec):
         if self.bits not in (1, 2, 4):
             return DecodingSearcher(self, code, metric)
         return AsymmetricSearcher(self, code)
+
+    def _stored(self, metric: str) -> Stored:
+        if metric == "l2" or self.scoring != "symmetric" or self.bits == MOST_BITS:
+            return super()._stored(metric)
+
+        def whole(numbers: np.ndarray) -> np.ndarray:
+            return odd_integers(numbers, self.bits).astype(np.int8)
+
+        integers = Stored(
+            "integers",
+            self.width,
+            "int8",
+            "cosine",
+            lambda code: whole(unpack(code["packed"], self.width, self.bits)),
+            lambda queries: whole(self._numbers(queries)).astype(np.float32),
+        )
+        halves = dataclasses.replace(
+            integers,
+            kind="floats",
+            dtype="float16",
+            rows=lambda code: integers.rows(code).astype(np.float16),
+        )
+        if self.bits > 1:
+            return dataclasses.replace(integers, as_floats=halves)
+        return Stored(
+            "bits",
+            self.width,
+            "uint8",
+            "hamming",
+            lambda code: code["packed"],
+            lambda queries: pack(self._numbers(queries), 1),
+            dataclasses.replace(halves, metric="ip"),
+        )
+
+    def _faiss_form(self, metric: str) -> FaissForm:
+        if metric == "l2" or self.scoring != "symmetric" or self.bits > 1:
+            return super()._faiss_form(metric)
+        faiss: Any = importlib.import_module("faiss")  # its stubs know one constructor of several
+        index = faiss.IndexLSH(self.width, self.width, False, False)
+        form = FaissForm(index, lambda code: np.ascontiguousarray(code["packed"]))
+        network = self._networks()[0]
+        steps = None
+        if self.hidden == 0:
+            steps = [faiss.NormalizationTransform(self.dims_, 2.0), linear_step(*network.arrays)]
+        return form.after(lambda queries: network(unit(queries)), steps)
 
     def search_old(self, old: BEBR, code: Code, queries: Any, k: int) -> Matches:
         """Search the `code` that `old` made with queries in this codec's embedding.

@@ -25,9 +25,9 @@ import numpy as np
 from fewbits.core.checks import check_k, check_ragged
 from fewbits.core.codec import Transform, learned
 from fewbits.core.errors import FewbitsError
-from fewbits.core.search import Matches, search_array
+from fewbits.core.search import Matches, rescore_sets, search_array
 from fewbits.primitives import sketch
-from fewbits.primitives.ragged import Ragged, chamfer
+from fewbits.primitives.ragged import Ragged
 from fewbits.primitives.rotation import project
 
 MAX_DIMS = 65_536
@@ -37,7 +37,6 @@ MAX_SKETCHED_DIMS = 2**24
 """Most dimensions that `final_dims` can be a sketch of."""
 
 BATCH_BYTES = 64 * 2**20
-RERANK_VECTORS = 2**16
 HITS_AT_A_TIME = 2**22
 KMEANS_ITERATIONS = 10
 HASH, PROJECTION, FINAL = range(3)  # sub-streams of the seed
@@ -167,15 +166,23 @@ class MUVERA(Transform):
         check_choice("partition", self.partition, ("simhash", "kmeans"))
 
     @classmethod
-    def grid(cls, dims: int, rows: int) -> list[str]:
-        """The paper's best settings of 640 to 5120 dimensions, compressed and as they are."""
+    def openings(cls, dims: int) -> list[tuple[str, int]]:
+        """The paper's best settings of 640 to 5120 dimensions."""
         width = min(8, dims)
-        names, sizes = [], []
-        for repetitions, bits in ((10, 3), (20, 3), (20, 4), (20, 5)):
-            names.append(f"muvera:repetitions={repetitions},bits={bits},projection_dims={width}")
-            sizes.append(repetitions * 2**bits * width)
+        return [
+            (
+                f"muvera:repetitions={repetitions},bits={bits},projection_dims={width}",
+                repetitions * 2**bits * width,
+            )
+            for repetitions, bits in ((10, 3), (20, 3), (20, 4), (20, 5))
+        ]
+
+    @classmethod
+    def grid(cls, dims: int, rows: int) -> list[str]:
+        """The paper's best settings, compressed and as they are."""
+        pairs = cls.openings(dims)
+        names = [name for name, _ in pairs]
         # One byte per 8 dimensions: 256 centroids each, so it takes that many rows to fit.
-        pairs = zip(names, sizes, strict=True)
         packed = [f"{n}+pq:bytes={d // 8}" for n, d in pairs if d % 8 == 0 and rows >= 256]
         return [*packed, *(f"{name}+turboquant" for name in names[1:]), *names]
 
@@ -393,20 +400,7 @@ def chamfer_rerank(
     k = check_k(k, candidates.shape[1])
     if carve is not None:
         queries = Ragged.from_sets([ball_carving(query, carve) for query in queries])
-    scores = np.full(candidates.shape, -np.inf, dtype=np.float32)
-    # Each query meets its own documents: one large matrix product per query and batch.
-    for number, rows in enumerate(candidates):
-        there = np.flatnonzero(rows >= 0)
-        lengths = documents.lengths[rows[there]]
-        step = max(1, RERANK_VECTORS // int(lengths.max(initial=1)))
-        for start in range(0, len(there), step):
-            part = there[start : start + step]
-            own = chamfer(queries[number : number + 1], documents.take(rows[part]))
-            scores[number, part] = own[0]
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(
-        candidates.astype(np.int64), order, axis=1
-    )
+    return rescore_sets(queries, candidates, documents.take, k, batch=1)
 
 
 def check_candidates(candidates: np.ndarray, queries: Ragged, documents: Ragged) -> None:

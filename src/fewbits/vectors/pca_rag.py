@@ -25,9 +25,17 @@ import numpy as np
 
 from fewbits.core.checks import check_vectors, unit_rows
 from fewbits.core.code import Code
-from fewbits.core.codec import State, Transform, TransformedSearcher, blocks_of, learned
+from fewbits.core.codec import (
+    MOST_DIMS,
+    State,
+    Transform,
+    TransformedSearcher,
+    blocks_of,
+    learned,
+)
 from fewbits.core.errors import FewbitsError, require
 from fewbits.core.search import Matches, Searcher, exact_search, search_array
+from fewbits.core.stored import Stored, linear_step
 from fewbits.primitives.pca import Moments, PrincipalComponents, principal_components
 from fewbits.primitives.retrieval import overlap
 from fewbits.primitives.rotation import project
@@ -85,6 +93,7 @@ class PCARAG(Transform):
     scoring: Literal["reconstruction", "reduced"] = "reconstruction"
 
     name: ClassVar[str] = "pca-rag"
+    cubic: ClassVar[bool] = True
 
     mean_: np.ndarray = learned()
     """(d,) float32; zeros without `center`."""
@@ -281,6 +290,32 @@ class PCARAG(Transform):
             return super()._searcher(code, metric)
         return TransformedSearcher(self, ChangedRows(code["vectors"], before, metric), metric)
 
+    def _stored(self, metric: str) -> Stored:
+        before = self._before_comparing(metric)
+        if before is None:
+            return super()._stored(metric)
+
+        def changed(code: Code) -> np.ndarray:
+            return before(code["vectors"].astype(np.float32)).astype(self.dtype)
+
+        by = "l2" if metric == "l2" else "ip"
+        stored = Stored("floats", len(self.components_), self.dtype, by, changed)
+        return stored.after(lambda queries: self.transform_queries(queries, metric))
+
+    def faiss_steps(self, metric: str) -> list[Any]:
+        """`transform_queries` as steps of faiss, but for the length of queries by cosine."""
+        import faiss
+
+        start = [faiss.NormalizationTransform(self.dims_, 2.0)] if self.normalize else []
+        if self.scoring == "reduced":
+            scaled = self.post_normalize or metric == "cosine"
+            end = [faiss.NormalizationTransform(len(self.components_), 2.0)] if scaled else []
+            return [*start, self.to_faiss(), *end]
+        if metric == "l2":
+            bias = -(self.components_ @ self.mean_)
+            return [*start, linear_step(self.components_.T, bias)]
+        return [*start, linear_step((self.components_ * self._spread[:, None]).T)]
+
     # -- choosing and watching --------------------------------------------------------------
 
     @property
@@ -384,6 +419,14 @@ class PCARAG(Transform):
                 stacklevel=2,
             )
         return report
+
+    @classmethod
+    def spending(cls, size: int) -> list[tuple[str, int | None]]:
+        return [(f"pca-rag:dims={size // 2},dtype=float16", MOST_DIMS)] if size >= 2 else []
+
+    @classmethod
+    def to_width(cls, width: int) -> str:
+        return f"pca-rag:dims={width}"
 
     @classmethod
     def grid(cls, dims: int, rows: int) -> list[str]:
