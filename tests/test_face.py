@@ -45,7 +45,7 @@ def test_everything_it_names_is_there() -> None:
     assert fewbits.__all__ == sorted(fewbits.__all__)
     for name in fewbits.__all__:
         assert callable(getattr(fewbits, name))
-    assert set(dir(fewbits)) == {*fewbits.__all__, "__version__", "vectors"}
+    assert set(dir(fewbits)) == {*fewbits.__all__, "__version__", "kv", "vectors"}
     assert {"encode", "decode", "compare", "load", "systems", "reproduce"} <= set(fewbits.__all__)
 
 

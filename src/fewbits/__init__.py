@@ -98,10 +98,10 @@ def __getattr__(name: str) -> Any:
     # Imported when first used, so that `fewbits --help` starts fast.
     if name in _HOMES:
         return getattr(importlib.import_module(f"fewbits.{_HOMES[name]}"), name)
-    if name == "vectors":
+    if name in ("kv", "vectors"):
         return importlib.import_module(f"fewbits.{name}")
     raise AttributeError(f"fewbits has no {name!r}")
 
 
 def __dir__() -> list[str]:
-    return [*__all__, "__version__", "vectors"]
+    return [*__all__, "__version__", "kv", "vectors"]

@@ -9,7 +9,16 @@ from itertools import groupby
 import pytest
 
 from fewbits.core import catalogue
-from fewbits.core.catalogue import ROOMS, System, codec_class, codecs, find, opponents, systems
+from fewbits.core.catalogue import (
+    ROOMS,
+    System,
+    cache_stage,
+    codec_class,
+    codecs,
+    find,
+    opponents,
+    systems,
+)
 from fewbits.core.errors import FewbitsError, MissingExtraError
 
 KINDS = {"codec", "cache", "weights", "measure", "layer", "model"}
@@ -106,9 +115,18 @@ def test_exported_names_of_a_room_do_not_collide(room: str) -> None:
 
 def test_opponents_are_codecs_of_the_core() -> None:
     names = ["float16", "int8", "sign", "pq", "opq", "rabitq", "turboquant", "itq", "lsh"]
-    assert [row.name for row in opponents()] == names
-    assert {(row.room, row.kind, row.extra) for row in opponents()} == {("vectors", "codec", "")}
-    assert {row.status for row in opponents()} == {"available"}
+    rows = [row for row in opponents() if row.room == "vectors"]
+    assert [row.name for row in rows] == names
+    assert {(row.kind, row.extra, row.status) for row in rows} == {("codec", "", "available")}
+
+
+def test_opponents_of_caches_are_caches() -> None:
+    rows = [row for row in opponents() if row.room == "kv"]
+    assert [row.name for row in rows] == ["full", "window", "snapkv", "h2o", "kivi"]
+    assert {(row.kind, row.extra) for row in rows} == {("cache", "kv")}
+    assert [cache_stage(row.name).name for row in rows] == [row.name for row in rows]
+    with pytest.raises(FewbitsError, match="pq is a codec, not a way to compress KV caches"):
+        cache_stage("pq")
 
 
 @pytest.mark.parametrize(
@@ -168,7 +186,7 @@ def test_codecs_lists_what_is_written_opponents_first(monkeypatch: pytest.Monkey
     written = {"fewbits.vectors.baselines", "fewbits.vectors.bebr"}
     monkeypatch.setattr(catalogue, "installed", written.__contains__)
     rows = codecs("vectors")
-    assert rows == [*opponents(), find("bebr")]
+    assert rows == [*(row for row in opponents() if row.room == "vectors"), find("bebr")]
     assert rows[-1].status == "needs fewbits[torch]"
     assert codecs("kv") == []
 

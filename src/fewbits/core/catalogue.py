@@ -29,6 +29,7 @@ ROOMS = (
 EXTRA_MODULES = {
     "torch": ("torch",),
     "examples": ("torch", "transformers"),
+    "kv": ("torch", "transformers"),
     "measures": ("sklearn",),
 }
 """Which packages each extra must bring for a system to run."""
@@ -152,6 +153,15 @@ def codec_class(name: str, *, trained: bool = False) -> type[Codec]:
     found = row.load(trained=trained) if row.kind == "codec" else None
     if not (isinstance(found, type) and issubclass(found, Codec)):
         raise FewbitsError(f"{name} is a {row.kind}, not a codec; it cannot encode a file")
+    return found
+
+
+def cache_stage(name: str) -> type[Any]:
+    """The class of a way to compress KV caches."""
+    row = find(name)
+    if row.kind != "cache":
+        raise FewbitsError(f"{name} is a {row.kind}, not a way to compress KV caches")
+    found: type[Any] = row.load()
     return found
 
 

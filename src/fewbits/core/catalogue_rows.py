@@ -433,6 +433,28 @@ OPPONENTS: tuple[System, ...] = (
            "", "vectors", "codec",
            "Sign bits of random projections (Charikar, 2002).",
            "fewbits.vectors.baselines:LSH"),
+    # kv
+    System("full", "The whole cache",
+           "", "kv", "cache",
+           "Keeps every token as the model made it.",
+           "fewbits.kv.baselines:Full", "kv"),
+    System("window", "Efficient Streaming Language Models with Attention Sinks",
+           "2309.17453", "kv", "cache",
+           "Keeps the first tokens and the newest ones.",
+           "fewbits.kv.baselines:SlidingWindow", "kv"),
+    System("snapkv", "SnapKV: LLM Knows What You are Looking for Before Generation",
+           "2404.14469", "kv", "cache",
+           "Keeps the tokens that the last queries of the prompt attend to.",
+           "fewbits.kv.baselines:SnapKV", "kv"),
+    System("h2o",
+           "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+           "2306.14048", "kv", "cache",
+           "Keeps the newest tokens and those with the most attention so far.",
+           "fewbits.kv.baselines:H2O", "kv"),
+    System("kivi", "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+           "2402.02750", "kv", "cache",
+           "A few bits per number: keys per channel, values per token.",
+           "fewbits.kv.baselines:KIVI", "kv"),
 )
 
 OWN: tuple[System, ...] = (

@@ -581,7 +581,11 @@ def build_stage(text: str, trained: bool) -> Codec:
     from fewbits.core.catalogue import codec_class
 
     name, _, options = text.partition(":")
-    cls = codec_class(name.strip(), trained=trained)
+    return with_options(codec_class(name.strip(), trained=trained), name, options)
+
+
+def with_options(cls: type[Any], name: str, options: str) -> Any:
+    """An instance of a dataclass from its part of a spec string: ``dims=96,center=no``."""
     kinds = typing.get_type_hints(cls)
     names = [f.name for f in hyper_parameters(cls)]
     parameters: dict[str, Any] = {}

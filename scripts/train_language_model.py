@@ -1,0 +1,258 @@
+"""Train the small language model that ships with fewbits, from text that comes with Python.
+
+    python scripts/train_language_model.py [--text FOLDER] [--work FOLDER] [--output FOLDER]
+
+Text: the modules of the standard library (their tests left out), the language reference of
+`pydoc`, and lines of made-up facts that are asked for again further on, so that the model learns
+to look back. `--text` takes any folder of ``.py``, ``.txt``, ``.md`` and ``.rst`` files instead of
+the first two. Checkpoints and the learning curve go to `--work`; run it again after an
+interruption. Two hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import sysconfig
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fewbits.core.devices import seeded
+from fewbits.core.schedules import warmup_cosine
+from fewbits.core.training import History, train
+
+OUTPUT = Path(__file__).parent.parent / "src" / "fewbits" / "assets" / "language_model"
+VOCABULARY = 4096
+END = "<|end|>"
+HELD_OUT = ("argparse.py", "heapq.py", "statistics.py", "textwrap.py", "zipfile.py", "calendar.py")
+"""Modules that the model never sees."""
+STAGES = ((512, 16, 19_200), (2048, 4, 960))
+"""Context in tokens, sequences in a batch, and sequences in all: 9.8 and 2 million tokens."""
+EPOCHS = 20
+"""Parts of a stage; after each, the learning curve gets a point."""
+FACT_SHARE = 0.25
+"""Share of documents that get facts."""
+SEED = 0
+
+
+def main() -> None:
+    options = parse()
+    options.work.mkdir(parents=True, exist_ok=True)
+    documents, held_out = read_documents(options.text)
+    tokenizer = train_tokenizer([*documents], options.work / "tokenizer.json")
+    tokens = token_stream(tokenizer, documents)
+    print(f"{len(documents):,} documents, {len(tokens):,} tokens")
+    model = build(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    test = np.array(tokenizer.encode(held_out).ids, dtype=np.int64)
+    for number in range(len(STAGES)):
+        run_stage(model, tokens, test, number, options.work)
+    save(model, tokenizer, held_out, options.work, options.output)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--text", type=Path, help="folder of texts to learn from")
+    parser.add_argument("--work", type=Path, default=Path("language-model-training"))
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    return parser.parse_args()
+
+
+# -- text ----------------------------------------------------------------------------------
+
+
+def read_documents(folder: Path | None) -> tuple[list[str], str]:
+    """Texts to learn from, with facts in some of them, and one text that is kept back."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [p for p in (folder or library).rglob("*") if is_text(p)]
+    files = sorted(p for p in files if folder is not None or is_module(p))
+    texts = {p: p.read_text("utf-8", errors="ignore") for p in files}
+    held_out = [text for p, text in texts.items() if p.parent == library and p.name in HELD_OUT]
+    held_out = held_out or [texts.pop(files[-1])]
+    kept = [text for p, text in texts.items() if not (p.parent == library and p.name in HELD_OUT)]
+    if folder is None:
+        from pydoc_data.topics import topics
+
+        kept += topics.values()
+    shuffler = random.Random(SEED)
+    shuffler.shuffle(kept)
+    return [with_facts(text, shuffler) for text in kept], "\n".join(held_out)
+
+
+def is_text(path: Path) -> bool:
+    return path.suffix in (".py", ".txt", ".md", ".rst") and path.is_file()
+
+
+def is_module(path: Path) -> bool:
+    """A module of the standard library that is no test, no table and no third party's."""
+    skipped = {"test", "tests", "idle_test", "site-packages", "lib2to3", "encodings", "pydoc_data"}
+    return path.suffix == ".py" and not skipped & set(path.parts)
+
+
+def with_facts(text: str, chance: random.Random) -> str:
+    """Put facts between some lines, and ask for them again within the next thousand characters."""
+    if chance.random() > FACT_SHARE:
+        return text
+    lines, made, waiting = text.splitlines(), [], []
+    for number, line in enumerate(lines):
+        made.append(line)
+        if chance.random() < 0.04:
+            fact = f"# k{chance.randrange(100)} = v{chance.randrange(10_000)}"
+            made.append(fact)
+            waiting.append((number + chance.randrange(1, 40), fact))
+        due = [fact for when, fact in waiting if when <= number]
+        waiting = [(when, fact) for when, fact in waiting if when > number]
+        made += due
+    return "\n".join(made)
+
+
+def train_tokenizer(texts: list[str], file: Path):
+    """A byte-level BPE tokenizer of the texts; kept in `file` for a later run."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    if file.exists():
+        return Tokenizer.from_file(str(file))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(file))
+    return tokenizer
+
+
+def token_stream(tokenizer, texts: list[str]) -> np.ndarray:
+    """(t,) int64: all texts, each followed by the token that ends one."""
+    end = tokenizer.token_to_id(END)
+    pieces = [[*encoded.ids, end] for encoded in tokenizer.encode_batch(texts)]
+    return np.concatenate([np.array(piece, dtype=np.int64) for piece in pieces])
+
+
+# -- model and training --------------------------------------------------------------------
+
+
+def build(tokenizer):
+    """A Llama of 4.7 million parameters, whose eight query heads share two of keys and values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    end = tokenizer.token_to_id(END)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=576,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    with seeded(SEED):
+        return LlamaForCausalLM(config)
+
+
+class Counted(nn.Module):
+    """A model that knows how many steps it has been trained for, also after an interruption."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+
+def run_stage(model, tokens: np.ndarray, test: np.ndarray, number: int, work: Path) -> None:
+    """Train one of `STAGES`, or load what an earlier run came to."""
+    context, batch, count = STAGES[number]
+    done = work / f"stage-{number}.safetensors"
+    if done.exists():
+        load_model(model, done)
+        return
+    per_epoch = count // EPOCHS
+    starts = np.random.default_rng(SEED + number).integers(0, len(tokens) - context - 1, count)
+    counted = Counted(model)
+
+    def loss(rows: Tensor) -> Tensor:
+        epoch = int(counted.steps) // (per_epoch // batch)
+        counted.steps += 1
+        places = starts[epoch * per_epoch + rows.numpy()][:, None] + np.arange(context + 1)
+        found = torch.from_numpy(tokens[places])
+        logits = model(found[:, :-1], use_cache=False).logits
+        return functional.cross_entropy(logits.flatten(0, 1), found[:, 1:].flatten())
+
+    def note(epoch: int, history: History) -> None:
+        model.eval()
+        seen = (epoch * per_epoch * context + sum(c * n for c, _, n in STAGES[:number])) / 1e6
+        point = {"million_tokens": round(seen, 2), "training_loss": round(history.loss[-1], 4)}
+        point["perplexity"] = round(perplexity(model, test), 3)
+        print(point, flush=True)
+        with open(work / "curve.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+        if epoch & (epoch - 1) == 0:  # 1, 2, 4, 8, 16
+            save_model(model, work / f"checkpoint-{number}-{epoch:02d}.safetensors")
+        model.train()
+
+    train(
+        counted,
+        loss,
+        per_epoch,
+        epochs=EPOCHS,
+        batch_size=batch,
+        optimizer=partial(
+            torch.optim.AdamW, lr=(3e-3, 6e-4)[number], betas=(0.9, 0.95), weight_decay=0.1
+        ),
+        scheduler=warmup_cosine(0.05, 0.1),
+        seed=SEED + number,
+        gradient_clip=1.0,
+        checkpoint=work / f"stage-{number}.checkpoint",
+        checkpoint_seconds=120,
+        identity=f"{STAGES[number]} {len(tokens)}",
+        progress=True,
+        callback=note,
+    )
+    save_model(model, done)
+
+
+@torch.no_grad()
+def perplexity(model, tokens: np.ndarray, context: int = 512, most: int = 40) -> float:
+    """Of the text that was kept back, in pieces of `context` tokens."""
+    count = min(most, len(tokens) // (context + 1))
+    pieces = torch.from_numpy(tokens[: count * (context + 1)].reshape(count, context + 1))
+    losses = []
+    for piece in pieces.split(8):
+        logits = model(piece[:, :-1], use_cache=False).logits
+        losses.append(functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten()))
+    return float(torch.stack(losses).mean().exp())
+
+
+def save(model, tokenizer, held_out: str, work: Path, output: Path) -> None:
+    """Half precision weights, tokenizer, the text that was kept back, and the model card."""
+    from transformers import PreTrainedTokenizerFast
+
+    output.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(output)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
+    ).save_pretrained(output)
+    (output / "held_out.txt").write_text(held_out, encoding="utf-8")
+    curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
+    (output / "learning_curve.json").write_text(json.dumps(curve, indent=1) + "\n")
+    print(f"{output}: perplexity {curve[-1]['perplexity']}, Python {platform.python_version()}")
+
+
+if __name__ == "__main__":
+    main()

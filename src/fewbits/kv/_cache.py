@@ -1,0 +1,594 @@
+"""The cache that every method of this room is a form of, inside transformers' own interfaces.
+
+A layer's ``update`` returns the layer itself in the place of keys and values, and the attention
+function ``fewbits`` (registered with transformers) asks it to `attend`. So attention happens
+wherever the method keeps its tokens, and full-width keys and values of the past need not exist.
+Model code is not changed.
+
+Until the end of the prompt all tokens are exact, and attention is transformers' own: the logits of
+the prompt are those of the unchanged model. Then the stages of the method decide what is kept and
+in what form. New tokens come in exactly; stages may compress them, too, when there are enough.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import CacheLayerMixin
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from fewbits.core.errors import FewbitsError
+from fewbits.kv._forms import Exact, Form, Part
+from fewbits.primitives.partial_attention import Partial, attend, causal, fold, join, unfold
+
+NAME = "fewbits"
+
+
+# -- what a method writes ------------------------------------------------------------------
+
+
+@dataclass
+class Step:
+    """What a stage sees of one call of a layer's attention.
+
+    Attributes
+    ----------
+    queries : (b, heads, t, d) of the new tokens.
+    keys, values : (b, key heads, s, d) of all tokens so far, exact, the new ones last.
+    allowed : (b, 1, t, s) bool, or None for plain causal attention.
+    scaling, cap : of the scores.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    values: Tensor
+    allowed: Tensor | None
+    scaling: float
+    cap: float | None
+
+
+@dataclass
+class Memory:
+    """What a stage remembers of a layer.
+
+    Attributes
+    ----------
+    layer, layers : its number, and how many there are.
+    notes : taken while the prompt is read, and dropped when it ends.
+    kept : stays; it belongs to what the cache holds, and its tensors count as bytes.
+    """
+
+    layer: int
+    layers: int
+    notes: dict[str, Any] = field(default_factory=dict)
+    kept: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage:
+    """A step of compression. A method is one stage or several after each other.
+
+    Subclasses are dataclasses whose fields are hyper-parameters.
+    """
+
+    name: ClassVar[str]
+    encodes: ClassVar[bool] = False
+    """Whether it changes the form of tokens (and does not only choose among them)."""
+    drops_later: ClassVar[bool] = False
+    """Whether it drops tokens behind the prompt, too, which then must be exact."""
+
+    @property
+    def window(self) -> int:
+        """The newest tokens, which stay exact."""
+        return 0
+
+    @property
+    def block(self) -> int | None:
+        """So many tokens are compressed together; None where those behind the prompt never are."""
+        return None
+
+    def observe(self, step: Step, memory: Memory) -> None:
+        """Look at the prompt as it is read."""
+
+    def choose(self, part: Part, memory: Memory) -> Tensor | None:
+        """(b, h or 1, k) rising numbers of the tokens to keep at the end of the prompt."""
+        return None
+
+    def encode_keys(self, keys: Tensor, memory: Memory) -> Form:
+        """The form in which (b, h, s, d) keys are held."""
+        return Exact(keys)
+
+    def encode_values(self, values: Tensor, memory: Memory) -> Form:
+        """The form in which (b, h, s, d) values are held."""
+        return Exact(values)
+
+    def grown(self, layer: CompressedLayer, memory: Memory, step: Step | None) -> None:
+        """Called after new tokens came in behind the prompt; may drop some of `layer.recent`.
+
+        `step` is there where all tokens are exact.
+        """
+
+
+# -- one layer -----------------------------------------------------------------------------
+
+
+class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """The tokens of one layer: compressed `parts`, oldest first, and exact `recent` ones.
+
+    Tokens are numbered as the model saw them, however many are still held: `seen` is what
+    positions continue from.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = False
+
+    def __init__(self, stages: Sequence[Stage], index: int, layers: int) -> None:
+        super().__init__()
+        self.stages, self.index, self.layers = list(stages), index, layers
+        self.held_open = False
+        self.clear()
+
+    def clear(self) -> None:
+        self.parts: list[Part] = []
+        self.recent: Part | None = None
+        self.incoming: tuple[Tensor, Tensor] | None = None
+        self.seen = 0
+        self.reading_prompt = True
+        self.memories = [Memory(self.index, self.layers) for _ in self.stages]
+
+    # -- what transformers calls --------------------------------------------------------------
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Take in new tokens; the attention function has `attend` called next."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        if self.dtype != key_states.dtype:
+            raise FewbitsError(
+                f"this cache holds {self.dtype} states, but the model gives {key_states.dtype}; "
+                "make a new cache for it"
+            )
+        self.incoming = key_states, value_states
+        self.seen += key_states.shape[2]
+        return self, self
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
+        return self.seen + int(query_length), 0
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.clear()
+        self.is_initialized = False
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.change(lambda tensor: tensor[indices.to(tensor.device)])
+
+    def offload(self) -> None:
+        self.change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self.change(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def change(self, function: Any) -> None:
+        """Apply a function to every tensor that is held."""
+        self.parts = [part.map(function) for part in self.parts]
+        if self.recent is not None:
+            self.recent = self.recent.map(function)
+        for memory in self.memories:
+            for name, value in memory.kept.items():
+                memory.kept[name] = function(value) if isinstance(value, Tensor) else value
+
+    # -- attention ----------------------------------------------------------------------------
+
+    def attend(
+        self,
+        module: Any,
+        queries: Tensor,
+        mask: Tensor | None,
+        scaling: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """(b, heads, t, d): attention of new tokens over all that is held and themselves."""
+        assert self.incoming is not None
+        new = Part(Exact(self.incoming[0]), Exact(self.incoming[1]), new_valid(mask, queries))
+        self.incoming = None
+        if self.parts or cap is not None or sinks is not None:
+            output = self._joined(queries, new, scaling, cap, sinks)
+            everything = joined(self.recent, new) if not self.parts else None
+        else:
+            everything = joined(self.recent, new)
+            output = exact_attention(
+                module, queries, everything, mask, scaling, self.reading_prompt
+            )
+        step = None
+        if everything is not None:
+            exact = everything.keys.read(), everything.values.read()
+            allowed = mask_of_held(everything, new.tokens)
+            step = Step(queries, *exact, allowed, scaling, cap)
+        self.recent = everything or joined(self.recent, new)
+        self._taken_in(step)
+        return output
+
+    def _taken_in(self, step: Step | None) -> None:
+        """Let the stages see what came in, and compress what is due."""
+        staged = list(zip(self.stages, self.memories, strict=True))
+        if self.reading_prompt:
+            assert step is not None
+            for stage, memory in staged:
+                stage.observe(step, memory)
+            if not self.held_open:
+                self.end_prompt()
+            return
+        for stage, memory in staged:
+            stage.grown(self, memory, step)
+        self._compress(first=False)
+
+    def _joined(
+        self,
+        queries: Tensor,
+        new: Part,
+        scaling: float,
+        cap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        heads = new.keys.read().shape[1]
+        rows, groups = fold(queries, heads), queries.shape[1] // heads
+        past = [*self.parts, *([self.recent] if self.recent is not None else [])]
+        partials = [attend_part(part, rows, scaling, cap, seen(part)) for part in past]
+        own = causal(new.tokens, groups, queries.device)
+        if new.valid is not None:
+            own = own & new.valid[:, :, None]
+        partials.append(attend_part(new, rows, scaling, cap, own))
+        if sinks is not None:
+            partials.append(sink_mass(sinks, partials[0].output, groups))
+        return unfold(join(partials), queries.shape[1])
+
+    # -- compression --------------------------------------------------------------------------
+
+    def end_prompt(self) -> None:
+        """Compress the prompt. What comes in from now on comes in behind it."""
+        if not self.reading_prompt or self.recent is None:
+            return
+        self.reading_prompt = False
+        for stage, memory in zip(self.stages, self.memories, strict=True):
+            kept = stage.choose(self.recent, memory)
+            if kept is not None:
+                self.recent = select(self.recent, kept)
+        self._compress(first=True)
+        for memory in self.memories:
+            memory.notes.clear()
+
+    def _compress(self, *, first: bool) -> None:
+        """Compress what has left the window, in whole blocks; after the prompt only if asked."""
+        coders = [stage for stage in self.stages if stage.encodes]
+        sizes = [stage.block for stage in coders if stage.block is not None]
+        if not coders or not (first or sizes) or self.recent is None:
+            return
+        window = max(stage.window for stage in coders)
+        size = math.lcm(*sizes)
+        self._move_out((self.recent.tokens - window) // size * size)
+
+    def _move_out(self, count: int) -> None:
+        """Compress the oldest `count` of the exact tokens into a part of their own."""
+        if count <= 0 or self.recent is None:
+            return
+        old, self.recent = split(self.recent, count)
+        self.parts.append(self.encoded(old))
+
+    def encoded(self, part: Part) -> Part:
+        """An exact part in the form that the stages give it, one inside the other."""
+        keys, values = part.keys, part.values
+        if part.valid is not None:  # padding must not decide how the rest is held
+            keys, values = (Exact(form.read() * part.valid[..., None]) for form in (keys, values))
+        for stage, memory in zip(self.stages, self.memories, strict=True):
+            keys = keys.inner(lambda x, s=stage, m=memory: s.encode_keys(x, m))  # type: ignore[misc]
+            values = values.inner(lambda x, s=stage, m=memory: s.encode_values(x, m))  # type: ignore[misc]
+        return Part(keys, values, part.valid)
+
+    # -- bytes --------------------------------------------------------------------------------
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor of everything that is held."""
+        for number, part in enumerate(self.parts):
+            yield from ((f"parts.{number}.{name}", tensor) for name, tensor in part.tensors())
+        if self.recent is not None:
+            yield from ((f"recent.{name}", tensor) for name, tensor in self.recent.tensors())
+        for memory in self.memories:
+            yield from ((f"kept.{n}", t) for n, t in memory.kept.items() if isinstance(t, Tensor))
+
+    @property
+    def tokens_held(self) -> int:
+        """Tokens still there, in whatever form."""
+        return sum(part.tokens for part in self.parts) + (self.recent.tokens if self.recent else 0)
+
+
+def new_valid(mask: Tensor | None, queries: Tensor) -> Tensor | None:
+    """(b, 1, t) which of the new tokens are no padding; None where all are not.
+
+    A token that no query may see, not even its own, is padding.
+    """
+    if mask is None:
+        return None
+    tokens = queries.shape[2]
+    valid = allowed_of(mask)[..., -tokens:].any(dim=2)
+    return None if bool(valid.all()) else valid[:, :1]
+
+
+def allowed_of(mask: Tensor) -> Tensor:
+    """A mask as bool: additive masks have very negative numbers where nothing may be seen."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+
+
+def seen(part: Part) -> Tensor | None:
+    """(b, 1 or h, 1, s): what of a past part later queries may see."""
+    return None if part.valid is None else part.valid[:, :, None]
+
+
+def attend_part(
+    part: Part, rows: Tensor, scaling: float, cap: float | None, allowed: Tensor | None
+) -> Partial:
+    return attend(rows, part.keys.scores, part.values.mix, part.tokens, scaling, allowed, cap)
+
+
+def exact_attention(
+    module: Any,
+    queries: Tensor,
+    everything: Part,
+    mask: Tensor | None,
+    scaling: float,
+    reading_prompt: bool,
+) -> Tensor:
+    """What transformers computes where all tokens that are held are exact."""
+    keys, values = everything.keys.read(), everything.values.read()
+    new, held = queries.shape[2], keys.shape[2]
+    if not reading_prompt or (mask is not None and mask.shape[-1] != held):
+        mask = mask_of_held(everything, new)
+    output, _ = sdpa_attention_forward(
+        module, queries, keys, values, mask, scaling=scaling, is_causal=mask is None and new > 1
+    )
+    return output.transpose(1, 2)
+
+
+def mask_of_held(everything: Part, new: int) -> Tensor | None:
+    """What the newest `new` tokens may see of all that are held: earlier ones without padding."""
+    held, device = everything.tokens, everything.keys.read().device
+    if everything.valid is None and (new == 1 or new == held):
+        return None
+    seen = torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)[None, None]
+    if everything.valid is not None:
+        seen = seen & everything.valid[:, :, None]
+    return seen
+
+
+# -- exact parts ---------------------------------------------------------------------------
+
+
+def joined(first: Part | None, second: Part) -> Part:
+    """Two exact parts as one."""
+    if first is None:
+        return second
+    keys = torch.cat([first.keys.read(), second.keys.read()], dim=2)
+    values = torch.cat([first.values.read(), second.values.read()], dim=2)
+    valid = None
+    if first.valid is not None or second.valid is not None:
+        valid = torch.cat(same_heads(valid_of(first), valid_of(second)), dim=2)
+    return Part(Exact(keys), Exact(values), valid)
+
+
+def valid_of(part: Part) -> Tensor:
+    if part.valid is not None:
+        return part.valid
+    keys = part.keys.read()
+    return torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
+
+
+def same_heads(*valids: Tensor) -> list[Tensor]:
+    """(b, 1 or h, s) marks with as many heads each."""
+    heads = max(valid.shape[1] for valid in valids)
+    return [valid.expand(-1, heads, -1) for valid in valids]
+
+
+def split(part: Part, count: int) -> tuple[Part, Part]:
+    """The oldest `count` tokens of an exact part, and the rest; both hold only their own bytes."""
+
+    def piece(begin: int, end: int) -> Part:
+        keys, values = (form.read()[:, :, begin:end].clone() for form in (part.keys, part.values))
+        valid = None if part.valid is None else part.valid[:, :, begin:end].clone()
+        return Part(Exact(keys), Exact(values), valid)
+
+    return piece(0, count), piece(count, part.tokens)
+
+
+def select(part: Part, kept: Tensor) -> Part:
+    """The tokens `kept` (b, h or 1, k) of an exact part."""
+    keys, values = part.keys.read(), part.values.read()
+    heads = keys.shape[1]
+    every = kept.expand(-1, heads, -1)
+    where = every[..., None].expand(-1, -1, -1, keys.shape[3])
+    valid = part.valid
+    if valid is not None:
+        valid = valid.expand(-1, kept.shape[1], -1).gather(2, kept)
+        valid = None if bool(valid.all()) else valid
+    return Part(Exact(keys.gather(2, where)), Exact(values.gather(2, where)), valid)
+
+
+# -- the cache -----------------------------------------------------------------------------
+
+
+class CompressedCache(DynamicCache):  # type: ignore[misc]
+    """A cache for ``model.generate(..., past_key_values=cache)``, with compressed layers.
+
+    Layers that are no full attention (sliding windows, states) are transformers' own.
+    """
+
+    def __init__(self, config: Any, stages: Sequence[Stage]) -> None:
+        super().__init__(config=config)
+        text = config.get_text_config(decoder=True)
+        kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
+        if "full_attention" not in kinds:
+            raise FewbitsError(
+                "this model has no layer of full attention; there is nothing to hold"
+            )
+        count = len(kinds)
+        own: list[Any] = list(self.layers)
+        plain = own + [None] * (count - len(own))
+        self.layers: list[Any] = [
+            CompressedLayer(stages, number, count) if kind == "full_attention" else layer
+            for number, (kind, layer) in enumerate(zip(kinds, plain, strict=True))
+        ]
+        self.layer_class_to_replicate = None
+        self.stages = list(stages)
+
+    @property
+    def compressed(self) -> list[CompressedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @contextlib.contextmanager
+    def prompt(self) -> Iterator[None]:
+        """Read one prompt by several calls of the model; it is compressed at the block's end."""
+        for layer in self.compressed:
+            layer.held_open = True
+        try:
+            yield
+        finally:
+            for layer in self.compressed:
+                layer.held_open = False
+                layer.end_prompt()
+
+    def nbytes(self) -> int:
+        """Bytes of everything that is held, each storage once, as a whole."""
+        return sum(self.breakdown().values())
+
+    def breakdown(self) -> dict[str, int]:
+        """The same by kind: exact tokens, compressed ones, and padding marks."""
+        found = {"recent": 0, "parts": 0, "kept": 0, "other": 0}
+        counted: set[int] = set()
+        for layer in self.layers:
+            if isinstance(layer, CompressedLayer):
+                named = list(layer.tensors())
+            else:
+                states = (getattr(layer, "keys", None), getattr(layer, "values", None))
+                named = [("other.", state) for state in states if isinstance(state, Tensor)]
+            for name, tensor in named:
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in counted:
+                    counted.add(storage.data_ptr())
+                    found[name.partition(".")[0]] += storage.nbytes()
+        return found
+
+
+# -- attention inside transformers ---------------------------------------------------------
+
+
+def fewbits_attention(
+    module: Any,
+    query: Tensor,
+    key: Any,
+    value: Any,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function: of a compressed layer where the cache has one, else transformers'."""
+    if not isinstance(key, CompressedLayer):
+        if softcap is not None or s_aux is not None:
+            return capped_attention(
+                query, key, value, attention_mask, scaling, softcap, s_aux
+            ), None
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    for unknown in ("position_bias", "sliding_window"):
+        if kwargs.get(unknown) is not None:
+            raise FewbitsError(f"attention with {unknown} is not supported in a compressed layer")
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    output = key.attend(module, query, attention_mask, scale, softcap, s_aux)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def capped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    cap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """(b, t, heads, d): attention with what transformers' fast kernel does not know."""
+    heads, tokens = key.shape[1], query.shape[2]
+    groups = query.shape[1] // heads
+    if mask is not None:
+        allowed = allowed_of(mask)[..., : key.shape[2]].repeat(1, 1, groups, 1)
+    else:
+        whole = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=key.device)
+        allowed = whole.tril(key.shape[2] - tokens).repeat(groups, 1)[None, None]
+    part, scale = Part(Exact(key), Exact(value)), query.shape[-1] ** -0.5
+    rows = fold(query, heads)
+    partials = [attend_part(part, rows, scale if scaling is None else scaling, cap, allowed)]
+    if sinks is not None:
+        partials.append(sink_mass(sinks, partials[0].output, groups))
+    return unfold(join(partials), query.shape[1]).transpose(1, 2).contiguous()
+
+
+def sink_mass(sinks: Tensor, output: Tensor, groups: int) -> Partial:
+    """A place that attention can go to and find nothing: one score for each query head."""
+    batch, heads, rows, _ = output.shape
+    mass = sinks.float().reshape(1, heads, groups, 1).expand(batch, -1, -1, rows // groups)
+    return Partial(torch.zeros_like(output), mass.reshape(batch, heads, rows))
+
+
+def use_attention(model: Any) -> None:
+    """Have a model ask compressed layers; with any other cache it computes what it did.
+
+    Raises
+    ------
+    FewbitsError
+        Its attention is not one that can be replaced.
+    """
+    AttentionInterface.register(NAME, fewbits_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    if not hasattr(model, "set_attn_implementation"):
+        raise FewbitsError(
+            f"{type(model).__name__} does not let its attention be replaced; give a causal "
+            "language model of transformers"
+        )
+    if model.config._attn_implementation == NAME:
+        return
+    try:
+        model.set_attn_implementation({"text_config": NAME} if is_multimodal(model) else NAME)
+    except (ValueError, AttributeError, KeyError) as error:
+        raise FewbitsError(
+            f"{type(model).__name__} does not let its attention be replaced ({error})"
+        ) from None
+
+
+def is_multimodal(model: Any) -> bool:
+    return model.config.get_text_config(decoder=True) is not model.config
