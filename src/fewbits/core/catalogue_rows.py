@@ -455,6 +455,10 @@ OPPONENTS: tuple[System, ...] = (
            "2402.02750", "kv", "cache",
            "A few bits per number: keys per channel, values per token.",
            "fewbits.kv.baselines:KIVI", "kv"),
+    System("saq", "Staircase adaptive quantization",
+           "", "kv", "cache",
+           "Fewer bits for a block of tokens the older it is.",
+           "fewbits.kv.saq:SAQ", "kv"),
 )
 
 OWN: tuple[System, ...] = (

@@ -81,6 +81,8 @@ class Stage:
     name: ClassVar[str]
     encodes: ClassVar[bool] = False
     """Whether it changes the form of tokens (and does not only choose among them)."""
+    by_blocks: ClassVar[bool] = False
+    """Whether the prompt becomes a part for each block, and not one part."""
     drops_later: ClassVar[bool] = False
     """Whether it drops tokens behind the prompt, too, which then must be exact."""
 
@@ -108,6 +110,10 @@ class Stage:
     def encode_values(self, values: Tensor, memory: Memory) -> Form:
         """The form in which (b, h, s, d) values are held."""
         return Exact(values)
+
+    def aged(self, parts: list[Part]) -> list[Part]:
+        """The compressed parts, oldest first, after one was added; older ones may shrink."""
+        return parts
 
     def grown(self, layer: CompressedLayer, memory: Memory, step: Step | None) -> None:
         """Called after new tokens came in behind the prompt; may drop some of `layer.recent`.
@@ -288,9 +294,11 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         sizes = [stage.block for stage in coders if stage.block is not None]
         if not coders or not (first or sizes) or self.recent is None:
             return
-        window = max(stage.window for stage in coders)
         size = math.lcm(*sizes)
-        self._move_out((self.recent.tokens - window) // size * size)
+        due = (self.recent.tokens - max(stage.window for stage in coders)) // size * size
+        piece = size if any(stage.by_blocks for stage in coders) else max(due, 1)
+        for _ in range(0, due, piece):
+            self._move_out(piece)
 
     def _move_out(self, count: int) -> None:
         """Compress the oldest `count` of the exact tokens into a part of their own."""
@@ -298,6 +306,8 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
             return
         old, self.recent = split(self.recent, count)
         self.parts.append(self.encoded(old))
+        for stage in self.stages:
+            self.parts = stage.aged(self.parts)
 
     def encoded(self, part: Part) -> Part:
         """An exact part in the form that the stages give it, one inside the other."""

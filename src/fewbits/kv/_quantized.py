@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -47,6 +48,16 @@ class Grouped(Form):
         flat = codes.flatten(along, along + 1).narrow(along, 0, numbers.shape[along])
         small = scale.squeeze(along + 1).contiguous(), low.squeeze(along + 1).contiguous()
         return cls(pack(flat, bits), *small, bits, group, along, numbers.shape[3])
+
+    @classmethod
+    def cat(cls, forms: Sequence[Grouped]) -> Grouped:
+        """Forms of equal bits and whole groups, one after the other."""
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(form, name) for form in forms], dim=2)
+
+        parts = {"codes": joined("codes"), "scale": joined("scale"), "low": joined("low")}
+        return replace(forms[0], **parts)  # type: ignore[arg-type]
 
     @property
     def tokens(self) -> int:

@@ -77,6 +77,8 @@ class LevelScan:
         self.padded = packed_width(dims, bits) * 8 // bits
         every_byte = np.arange(256, dtype=np.uint8)[:, None]
         self.byte_values = levels[unpack(every_byte, 8 // bits, bits)]
+        alike = scale is None or float(np.ptp(scale)) <= 1e-3 * float(scale.mean())
+        self.oversample = OVERSAMPLE if alike else OVERSAMPLE_SCALED
         self.index = None
         if scale is None or nearly_alike(scale):
             self.index = grid_index(packed, self.padded, bits, levels)
@@ -85,8 +87,7 @@ class LevelScan:
         """Scores (q, k) float32 and rows (q, k) int64, best first. O(q·n·dims·bits/4) look-ups."""
         if self.index is None:
             return self.search_all(queries, k)
-        times = OVERSAMPLE if self.scale is None else OVERSAMPLE_SCALED
-        keep = min(times * (k + 16), len(self.packed))
+        keep = min(self.oversample * (k + 16), len(self.packed))
         padded = np.pad(queries, ((0, 0), (0, self.padded - self.dims)))
         _, rows = self.index.search(np.ascontiguousarray(padded, dtype=np.float32), keep)
         # faiss leaves out rows whose coarse score is the worst possible; any of them will do.
