@@ -64,12 +64,14 @@ class Memory:
     layer, layers : its number, and how many there are.
     notes : taken while the prompt is read, and dropped when it ends.
     kept : stays; it belongs to what the cache holds, and its tensors count as bytes.
+    told : what `CompressedCache.tell` was given about the prompt's tokens; dropped with the notes.
     """
 
     layer: int
     layers: int
     notes: dict[str, Any] = field(default_factory=dict)
     kept: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Stage:
@@ -81,6 +83,12 @@ class Stage:
     name: ClassVar[str]
     encodes: ClassVar[bool] = False
     """Whether it changes the form of tokens (and does not only choose among them)."""
+
+    @property
+    def unit(self) -> int | None:
+        """The prompt is compressed in a multiple of so many tokens; as `block` if not said."""
+        return self.block
+
     by_blocks: ClassVar[bool] = False
     """Whether the prompt becomes a part for each block, and not one part."""
     drops_later: ClassVar[bool] = False
@@ -287,11 +295,13 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self._compress(first=True)
         for memory in self.memories:
             memory.notes.clear()
+            memory.told.clear()
 
     def _compress(self, *, first: bool) -> None:
         """Compress what has left the window, in whole blocks; after the prompt only if asked."""
         coders = [stage for stage in self.stages if stage.encodes]
-        sizes = [stage.block for stage in coders if stage.block is not None]
+        asked = [stage.unit if first else stage.block for stage in coders]
+        sizes = [size for size in asked if size is not None]
         if not coders or not (first or sizes) or self.recent is None:
             return
         size = math.lcm(*sizes)
@@ -488,6 +498,12 @@ class CompressedCache(DynamicCache):  # type: ignore[misc]
             for layer in self.compressed:
                 layer.held_open = False
                 layer.end_prompt()
+
+    def tell(self, **about: Tensor) -> None:
+        """Say something about the tokens of the prompt that is to come, (b, t) numbers by name."""
+        for layer in self.compressed:
+            for memory in layer.memories:
+                memory.told |= about
 
     def nbytes(self) -> int:
         """Bytes of everything that is held, each storage once, as a whole."""
