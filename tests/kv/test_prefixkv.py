@@ -10,7 +10,7 @@ from tiny_models import tiny_model, tokens
 
 import fewbits
 from fewbits.core.errors import FewbitsError
-from fewbits.kv._cache import CompressedCache, use_attention
+from fewbits.kv._cache import CompressedCache
 from fewbits.kv.prefixkv import PrefixKV, cumulative, layer_counts, per_visible_query
 
 
@@ -65,8 +65,7 @@ def test_attention_per_query_that_can_see() -> None:
 
 @torch.no_grad()
 def filled(model: Any, method: PrefixKV, ids: Any = None) -> CompressedCache:
-    use_attention(model)
-    cache = CompressedCache(model.config, [method])
+    cache: CompressedCache = fewbits.kv.cache(model, method)
     model(tokens() if ids is None else ids, past_key_values=cache)
     return cache
 
@@ -146,8 +145,7 @@ def test_behind_the_prompt_a_window_slides(model: Any) -> None:
 def test_rows_with_padding_keep_real_tokens(model: Any) -> None:
     ids, mask = tokens(), torch.ones(2, 96, dtype=torch.long)
     mask[0, :50] = 0
-    use_attention(model)
-    cache = CompressedCache(model.config, [PrefixKV(keep=0.4)])
+    cache = fewbits.kv.cache(model, PrefixKV(keep=0.4))
     model(ids, attention_mask=mask, past_key_values=cache)
     for layer in cache.compressed:
         valid = layer.recent.valid

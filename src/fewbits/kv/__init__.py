@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _exported, _names = exported("kv")
 
 
-def cache(model: Any, method: str = "full", **options: Any) -> CompressedCache:
+def cache(model: Any, method: Any = "full", **options: Any) -> CompressedCache:
     """A compressed cache for a model of transformers.
 
     Parameters
@@ -26,7 +26,8 @@ def cache(model: Any, method: str = "full", **options: Any) -> CompressedCache:
     model : a causal language model. It is told to use the attention function ``fewbits``, which
         changes nothing where another cache is used.
     method : name of a method, or a spec string of several after each other:
-        ``snapkv:keep=0.5+think:ratio=0.4+kivi:bits=4``.
+        ``snapkv:keep=0.5+think:ratio=0.4+kivi:bits=4``; or a method, or several in a list, that
+        are made (and fitted) already.
     options : of the method, where it is one name.
 
     Returns
@@ -45,7 +46,11 @@ def cache(model: Any, method: str = "full", **options: Any) -> CompressedCache:
     require("transformers", "kv")
     from fewbits.kv._cache import CompressedCache, use_attention
 
-    made = stages(method, **options)
+    if isinstance(method, str):
+        made = stages(method, **options)
+    else:
+        made = list(method) if isinstance(method, (list, tuple)) else [method]
+        check_order(made)
     use_attention(model)
     return CompressedCache(model.config, made)
 
