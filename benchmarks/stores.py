@@ -159,7 +159,7 @@ def tables() -> str:
         heads = ["bytes", "store", "recall@10", "fewbits", "recall@10", "difference"]
         sections += [f"**{name}** ({len(items)} items, {len(queries)} queries)\n"]
         sections += [table(heads, rows), ""]
-        heads = ["`fewbits export --to`", "method", "bytes of bits or numbers", "recall@10"]
+        heads = ["exported to", "method", "bytes of bits or numbers", "recall@10"]
         sections += ["In the stores:\n", table(heads, inside(items, queries, truth)), ""]
     return "\n".join(sections)
 
