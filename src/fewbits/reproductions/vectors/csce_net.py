@@ -80,7 +80,7 @@ def run(size: str = "small") -> Reproduction:
     Parameters
     ----------
     size : ``small``: 20 digits of each class to train on (40 on photographs), 500 queries, 897 in
-        the database, three seeds, 30 epochs; some ten minutes on two cores. ``quick``: 5 of each
+        the database, three seeds, 30 epochs; twenty minutes on one core. ``quick``: 5 of each
         class, one seed, 1 epoch, seconds.
     """
     plan = SIZES[size]
