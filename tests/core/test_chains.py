@@ -134,8 +134,8 @@ def test_rounds_grow_to_all_rows(rows: int, expected: list[int]) -> None:
     assert sample_sizes(rows) == expected
 
 
-def test_a_third_goes_on_but_not_fewer_than_six() -> None:
-    assert [kept(count) for count in (4, 18, 60)] == [6, 6, 20]
+def test_a_quarter_goes_on_but_not_fewer_than_six() -> None:
+    assert [kept(count) for count in (4, 18, 60)] == [6, 6, 15]
 
 
 # -- what comes of it ----------------------------------------------------------------------
