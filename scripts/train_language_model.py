@@ -1,4 +1,4 @@
-"""Train the small language model that ships with fewbits, from text that comes with Python.
+"""Train a small language model for experiments with caches, from text that comes with Python.
 
     python scripts/train_language_model.py [--text FOLDER] [--work FOLDER] [--output FOLDER]
 
@@ -6,7 +6,7 @@ Text: the modules of the standard library (their tests left out), the language r
 `pydoc`, and lines of made-up facts that are asked for again further on, so that the model learns
 to look back. `--text` takes any folder of ``.py``, ``.txt``, ``.md`` and ``.rst`` files instead of
 the first two. Checkpoints and the learning curve go to `--work`; run it again after an
-interruption. Two hours on two cores.
+interruption.
 """
 
 from __future__ import annotations

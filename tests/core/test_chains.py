@@ -53,18 +53,18 @@ def test_what_spends_a_size_stays_within_it_and_comes_near(
 ) -> None:
     """Fitted on the widest vectors it says it takes, a codec takes at most the size."""
     kind = next(row.load() for row in codecs("vectors") if row.name == name)
+    measured = 0
     for spec, widest in kind.spending(size):
-        width = DIMS if widest in (None, MOST_DIMS) else widest
+        width = {None: DIMS, MOST_DIMS: 8 * DIMS}.get(widest, widest)
         if width < 1:
-            continue
+            continue  # the size is too small for it
+        measured += 1
         rows = np.tile(x, (1, -(-width // DIMS)))[:, :width]
         rows = rows + 0.01 * np.random.default_rng(1).standard_normal(rows.shape)
         codec = from_spec(spec + (",steps=0" if name == "bebr" else ""))
-        try:
-            used = codec.fit(rows.astype(np.float32)).encode(rows[:5]).bytes_per_item
-        except FewbitsError:
-            continue  # more than vectors of this width can use
+        used = codec.fit(rows.astype(np.float32)).encode(rows[:5]).bytes_per_item
         assert 0.7 * size <= used <= size, spec
+    assert measured or name in ("muvera", "relative-representations")
 
 
 def test_reducers_and_openings_give_the_width_they_say() -> None:

@@ -43,6 +43,20 @@ def test_bits_fall_with_age(llama: Any, count: int, expected: list[tuple[int, in
     assert cache.compressed[0].recent.tokens == count % 16
 
 
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (32, [(8, 16), (8, 16)]),
+        (48, [(4, 16), (8, 16), (8, 16)]),
+        (64, [(2, 16), (4, 16), (8, 16), (8, 16)]),
+        (96, [(2, 48), (4, 16), (8, 16), (8, 16)]),
+    ],
+)
+def test_no_block_skips_a_step(llama: Any, count: int, expected: list[tuple[int, int]]) -> None:
+    cache = filled(llama, "saq:stairs=8-8-4-2,block_size=16,group=16", count)
+    assert bits_held(cache) == expected
+
+
 @torch.no_grad()
 def test_blocks_step_down_as_tokens_come(llama: Any) -> None:
     method = "saq:stairs=8-4-2,block_size=16,group=16"

@@ -158,6 +158,17 @@ def test_bytes_follow_their_formula(llama: Any, method: str, keys: int, values: 
     assert filled(llama, method).nbytes() == 3 * 2 * 2 * (keys + values + order)
 
 
+def test_what_is_told_of_the_prompt_decides_what_is_protected(llama: Any) -> None:
+    scores = torch.rand(2, 96, generator=torch.Generator().manual_seed(1))
+    method = "vidkv:key_bits=2,protect=0.4"
+    told, silent = filled(llama, method, importance=scores), filled(llama, method)
+    for part in (layer.parts[0] for layer in told.compressed):
+        assert isinstance(part.values, SplitTokens)
+        assert part.values.first.tokens == 32
+    assert told.nbytes() > silent.nbytes()
+    assert not told.compressed[0].memories[0].told
+
+
 @torch.no_grad()
 def test_new_tokens_collect_before_they_are_quantised(llama: Any) -> None:
     cache = filled(llama, "vidkv:group=16,residual=32")

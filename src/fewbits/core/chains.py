@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fewbits.core import frontier
 from fewbits.core.catalogue import codecs
 from fewbits.core.checks import check_seed
@@ -27,9 +25,9 @@ from fewbits.core.compare import (
     Comparison,
     Trial,
     check_rows,
-    measure_point,
     prepare,
     target_of,
+    try_method,
 )
 from fewbits.core.errors import FewbitsError
 from fewbits.core.frontier import Point
@@ -108,13 +106,15 @@ def search_chains(
     source = open_source(x, column=column)
     asked = None if queries is None else open_queries(queries, column)
 
-    def prepared(count: int) -> tuple[Trial, dict[str, Any]]:
-        # Judgements name rows of the whole collection, so a smaller sample goes without.
-        judgements = qrels if count >= source.rows else None
-        return prepare(source, asked, judgements, metric, count, seed)
+    # All of the last round first: it says at once what is wrong with the input.
+    whole = prepare(source, asked, qrels, metric, rows, seed)
 
-    if qrels is not None:
-        prepare(source, asked, qrels, metric, rows, seed)  # says at once what is wrong with them
+    def prepared(count: int) -> tuple[Trial, dict[str, Any]]:
+        if count == min(source.rows, rows):
+            return whole
+        # Judgements name rows of the whole collection, so a smaller sample goes without.
+        return prepare(source, asked, None, metric, count, seed)
+
     rounds = Rounds(at_most, seed, prepared)
     with progress("searching for chains", 0, show=show_progress) as bar:
         about, points = rounds.run(candidates(source, int(at_most)), source, rows, bar)
@@ -158,15 +158,12 @@ class Rounds:
         bar.extend(len(waiting))
         for candidate in waiting:
             bar.step(candidate.spec, 0)
-            try:
-                point = measure_point(from_spec(candidate.spec), trial, self.seed)
-            except (FewbitsError, RuntimeError, np.linalg.LinAlgError) as error:
-                why = " ".join(str(error).split())
-                self.left_out.append({"method": candidate.spec, "why": why})
-            else:
-                if point.bytes_per_item <= self.at_most:
-                    found.append((candidate, point))
-                    self.tried.append(row(number, len(trial.items), point))
+            result = try_method(candidate.spec, trial, self.seed)
+            if not isinstance(result, Point):
+                self.left_out.append(result)
+            elif result.bytes_per_item <= self.at_most:
+                found.append((candidate, result))
+                self.tried.append(row(number, len(trial.items), result))
             bar.step()
         return found
 

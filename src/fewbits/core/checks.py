@@ -158,3 +158,22 @@ def check_seed(seed: int) -> int:
             f"seed={seed!r} is not valid; a seed is a whole number from 0 to {SEED_LIMIT - 1}"
         )
     return int(seed)
+
+
+def numbered_classes(labels: np.ndarray, name: str, advice: str) -> np.ndarray:
+    """(n,) int64: the class of each of (n,) labels, by rising label.
+
+    Raises
+    ------
+    FewbitsError
+        No whole numbers or names, or a single class; messages begin with `name`, and the latter
+        ends with `advice`.
+    """
+    if labels.dtype.kind == "O":
+        labels = labels.astype(str)
+    if labels.dtype.kind not in "biuSU":
+        raise FewbitsError(f"{name}labels are whole numbers or names, not {labels.dtype}")
+    classes, numbers = np.unique(labels, return_inverse=True)
+    if len(classes) < 2:
+        raise FewbitsError(f"{name}all labels are the same; {advice}")
+    return np.asarray(numbers, dtype=np.int64)

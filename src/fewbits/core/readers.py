@@ -151,13 +151,21 @@ def mapped_rows(
 
 def stdin_source(stream: IO[bytes]) -> Source:
     """An ``.npy`` from a stream, by way of a temporary file that goes with the source."""
-    name = "standard input"
+
+    def copy(file: IO[bytes]) -> None:
+        shutil.copyfileobj(stream, file, 2**20)
+
+    with readable("standard input"):
+        return temporary_npy("standard input", copy)
+
+
+def temporary_npy(name: str, write: Callable[[IO[bytes]], None]) -> Source:
+    """A source called `name`, of an ``.npy`` that `write` writes; the file goes with the source."""
     file = tempfile.NamedTemporaryFile(suffix=".npy")  # noqa: SIM115 - lives as long as the source
     try:
-        with readable(name):
-            shutil.copyfileobj(stream, file, 2**20)
-            file.flush()
-            source = npy_source(Path(file.name), name)
+        write(file)
+        file.flush()
+        source = npy_source(Path(file.name), name)
     except BaseException:
         file.close()
         raise

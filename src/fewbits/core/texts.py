@@ -5,16 +5,15 @@ from __future__ import annotations
 import csv
 import itertools
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from fewbits.core.errors import FewbitsError, require
 from fewbits.core.progress import progress
-from fewbits.core.readers import npy_source
+from fewbits.core.readers import temporary_npy
 from fewbits.core.source import Source, readable
 from fewbits.core.text_encoder import TextEncoder, without_progress_bars
 
@@ -67,10 +66,10 @@ def open_texts(
     if count == 0:
         raise FewbitsError(f"{name} is empty: it has no texts")
     embed = embedder(model, queries)
-    file = tempfile.NamedTemporaryFile(suffix=".npy")  # noqa: SIM115 - lives as long as the source
-    try:
+
+    def write(file: IO[bytes]) -> None:
+        written = 0
         with progress("embedding texts", count, show=show_progress) as bar:
-            written = 0
             for batch in batches(read()):
                 vectors = checked_vectors(embed(batch), len(batch))
                 if written == 0:
@@ -80,15 +79,10 @@ def open_texts(
                 file.write(vectors.data)
                 written += len(batch)
                 bar.step(count=len(batch))
-        file.flush()
         if written != count:
             raise FewbitsError(f"{name} changed while it was read; try again")
-        source = npy_source(Path(file.name), name)
-    except BaseException:
-        file.close()
-        raise
-    source.file = file
-    return source
+
+    return temporary_npy(name, write)
 
 
 def open_text_queries(

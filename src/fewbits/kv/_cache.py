@@ -84,11 +84,6 @@ class Stage:
     encodes: ClassVar[bool] = False
     """Whether it changes the form of tokens (and does not only choose among them)."""
 
-    @property
-    def unit(self) -> int | None:
-        """The prompt is compressed in a multiple of so many tokens; as `block` if not said."""
-        return self.block
-
     by_blocks: ClassVar[bool] = False
     """Whether the prompt becomes a part for each block, and not one part."""
     drops_later: ClassVar[bool] = False
@@ -103,6 +98,11 @@ class Stage:
     def block(self) -> int | None:
         """So many tokens are compressed together; None where those behind the prompt never are."""
         return None
+
+    @property
+    def unit(self) -> int | None:
+        """The prompt is compressed in a multiple of so many tokens; as `block` if not said."""
+        return self.block
 
     def observe(self, step: Step, memory: Memory) -> None:
         """Look at the prompt as it is read."""
@@ -385,7 +385,7 @@ def exact_attention(
     """What transformers computes where all tokens that are held are exact."""
     keys, values = everything.keys.read(), everything.values.read()
     new, held = queries.shape[2], keys.shape[2]
-    if not reading_prompt or (mask is not None and mask.shape[-1] != held):
+    if not reading_prompt or mask is None or mask.shape[-1] != held:
         mask = mask_of_held(everything, new)
     output, _ = sdpa_attention_forward(
         module, queries, keys, values, mask, scaling=scaling, is_causal=mask is None and new > 1
@@ -413,23 +413,23 @@ def joined(first: Part | None, second: Part) -> Part:
         return second
     keys = torch.cat([first.keys.read(), second.keys.read()], dim=2)
     values = torch.cat([first.values.read(), second.values.read()], dim=2)
-    valid = None
-    if first.valid is not None or second.valid is not None:
-        valid = torch.cat(same_heads(valid_of(first), valid_of(second)), dim=2)
-    return Part(Exact(keys), Exact(values), valid)
+    return Part(Exact(keys), Exact(values), joined_valid([first, second]))
+
+
+def joined_valid(parts: Sequence[Part]) -> Tensor | None:
+    """The padding marks of parts, one after the other; None where none has any."""
+    if all(part.valid is None for part in parts):
+        return None
+    marks = [valid_of(part) for part in parts]
+    heads = max(mark.shape[1] for mark in marks)
+    return torch.cat([mark.expand(-1, heads, -1) for mark in marks], dim=2)
 
 
 def valid_of(part: Part) -> Tensor:
     if part.valid is not None:
         return part.valid
-    keys = part.keys.read()
-    return torch.ones(keys.shape[0], 1, keys.shape[2], dtype=torch.bool, device=keys.device)
-
-
-def same_heads(*valids: Tensor) -> list[Tensor]:
-    """(b, 1 or h, s) marks with as many heads each."""
-    heads = max(valid.shape[1] for valid in valids)
-    return [valid.expand(-1, heads, -1) for valid in valids]
+    _, held = next(part.tensors())
+    return torch.ones(len(held), 1, part.tokens, dtype=torch.bool, device=held.device)
 
 
 def split(part: Part, count: int) -> tuple[Part, Part]:

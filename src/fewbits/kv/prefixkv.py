@@ -76,7 +76,7 @@ class PrefixKV(Stage):
         Raises
         ------
         FewbitsError
-            No prompts, or one too short to leave anything out.
+            No prompts.
         """
         if not prompts:
             raise FewbitsError("prefixkv needs prompts to find the shares of the layers")
@@ -118,7 +118,7 @@ class PrefixKV(Stage):
         scores[..., : self.start] = torch.inf
         scores[..., -1] = torch.inf
         slot = count - self.distance
-        memory.kept |= {"slot": slot if slot >= 1 else count // 2, "seen": tokens}
+        memory.kept["slot"] = slot if slot >= 1 else count // 2
         return scores.topk(count, dim=2).indices.sort(dim=2).values
 
     def share_of(self, memory: Memory) -> float:

@@ -12,11 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from fewbits.core.errors import FewbitsError
-from fewbits.kv._cache import Memory, Stage
+from fewbits.kv._cache import Memory, Stage, joined_valid
 from fewbits.kv._forms import Form, Part
 from fewbits.kv._quantized import BITS, Grouped
 
@@ -67,7 +66,8 @@ class SAQ(Stage):
     def aged(self, parts: list[Part]) -> list[Part]:
         """Let every block take its step down; what has come to the floor becomes one part."""
         floor = len(self._steps) - 1
-        newest, older = parts[len(parts) - floor :], parts[: len(parts) - floor]
+        cut = max(0, len(parts) - floor)
+        older, newest = parts[:cut], parts[cut:]
         stepped = [
             with_bits(part, self._steps[len(newest) - 1 - number])
             for number, part in enumerate(newest)
@@ -91,16 +91,6 @@ def joined_parts(parts: list[Part]) -> list[Part]:
     """Parts of equal bits as one; none where there are none."""
     if len(parts) < 2:
         return parts
-    valid = None
-    if any(part.valid is not None for part in parts):
-        marks = [
-            part.valid
-            if part.valid is not None
-            else torch.ones(len(part.keys.codes), 1, part.tokens, dtype=torch.bool)  # type: ignore[attr-defined]
-            for part in parts
-        ]
-        heads = max(mark.shape[1] for mark in marks)
-        valid = torch.cat([mark.expand(-1, heads, -1) for mark in marks], dim=2)
     keys = Grouped.cat([part.keys for part in parts])  # type: ignore[misc]
     values = Grouped.cat([part.values for part in parts])  # type: ignore[misc]
-    return [Part(keys, values, valid)]
+    return [Part(keys, values, joined_valid(parts))]

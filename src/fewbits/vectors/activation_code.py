@@ -25,17 +25,17 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
 
 from fewbits.core import container
-from fewbits.core.checks import check_k, check_seed
+from fewbits.core.checks import check_seed
 from fewbits.core.code import Code
 from fewbits.core.codec import UNUSABLE, format_spec, learned, rows_per_block
 from fewbits.core.errors import FewbitsError, require
 from fewbits.primitives.bits import pack, packed_width, unpack
-from fewbits.primitives.hamming import hamming_search, redundancy_ratio
+from fewbits.primitives.hamming import redundancy_ratio
 from fewbits.vectors._activation_analysis import analyse as analyse
 from fewbits.vectors._activation_analysis import averaged as averaged
 from fewbits.vectors._activation_analysis import bit_information as bit_information
@@ -43,6 +43,7 @@ from fewbits.vectors._activation_analysis import phase_chart as phase_chart
 from fewbits.vectors._activation_analysis import separating_bits as separating_bits
 from fewbits.vectors._activation_analysis import telling_bits as telling_bits
 from fewbits.vectors._activation_analysis import with_regimes as with_regimes
+from fewbits.vectors._binary_encoder import BinaryEncoder
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,7 +68,7 @@ class Layer:
 
 
 @dataclass
-class ActivationCode:
+class ActivationCode(BinaryEncoder):
     """The on/off pattern of a network's units as packed bits: bits/8 bytes per input.
 
     `fit` finds the units that are not the same for all inputs; `encode` packs those. Nothing is
@@ -95,6 +96,8 @@ class ActivationCode:
         last of tokens. ConvNeXt has maps with channels last: -1.
     batch : items at a time.
     """
+
+    maker: ClassVar[str] = "encoder"
 
     model: nn.Module = field(repr=False)
     layers: str | Sequence[str] = "auto"
@@ -335,28 +338,6 @@ class ActivationCode:
 
     # -- using codes ----------------------------------------------------------------------
 
-    def search(self, code: Code, queries: Any, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` items of `code` whose codes differ in the fewest bits.
-
-        Parameters
-        ----------
-        code : what this encoder made.
-        queries : inputs, or the code of them.
-
-        Returns
-        -------
-        Distances (q, k) int32 in bits, rising, and rows (q, k) int64. Exact; O(q·n·bits/8).
-
-        Raises
-        ------
-        FewbitsError
-            A code of another encoder, unusable queries, or k beyond the items.
-        """
-        self.check_code(code)
-        asked = queries if isinstance(queries, Code) else self.encode(queries)
-        self.check_code(asked)
-        return hamming_search(asked["bits"], code["bits"], check_k(k, len(code)))
-
     def bits_needed(
         self,
         code: Code,
@@ -422,13 +403,6 @@ class ActivationCode:
     def require_fitted(self) -> None:
         if not hasattr(self, "mask_"):
             raise FewbitsError(f"{self.spec} is not fitted yet; call fit(inputs) first")
-
-    def check_code(self, code: Code) -> None:
-        """Refuse a code that another encoder made, or this one with another mask."""
-        if code.codec_digest != self.digest:
-            raise FewbitsError(
-                f"this code was made by another encoder ({code.spec}); use that one, or encode anew"
-            )
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write options, layers and mask to a ``.fewbits`` file, not the network."""

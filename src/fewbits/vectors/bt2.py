@@ -33,7 +33,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 import numpy as np
 
 from fewbits.core import container
-from fewbits.core.checks import as_array, check_k, check_seed, check_vectors, unit_rows
+from fewbits.core.checks import (
+    as_array,
+    check_k,
+    check_seed,
+    check_vectors,
+    numbered_classes,
+    unit_rows,
+)
 from fewbits.core.codec import UNUSABLE, Transform, check_finite, learned, parse_value
 from fewbits.core.errors import FewbitsError, require
 from fewbits.core.search import Matches, search_array
@@ -469,14 +476,7 @@ def class_numbers(labels: Any, rows: int) -> np.ndarray:
     labels = as_array(labels, "the labels")
     if labels.shape != (rows,):
         raise FewbitsError(f"bt2: labels must be one per row ({rows}), not {labels.shape}")
-    if labels.dtype.kind == "O":
-        labels = labels.astype(str)
-    if labels.dtype.kind not in "biuSU":
-        raise FewbitsError(f"bt2: labels are whole numbers or names, not {labels.dtype}")
-    names, numbers = np.unique(labels, return_inverse=True)
-    if len(names) < 2:
-        raise FewbitsError("bt2: all labels are the same; leave them out, or give the classes")
-    return np.asarray(numbers, dtype=np.int64)
+    return numbered_classes(labels, "bt2: ", "leave them out, or give the classes")
 
 
 def array_of(tensor: Any) -> np.ndarray:

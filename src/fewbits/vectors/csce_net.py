@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal, Protocol, Self
 import numpy as np
 
 from fewbits.core import container
-from fewbits.core.checks import as_array, check_k, check_seed, check_vectors
+from fewbits.core.checks import as_array, check_seed, check_vectors, numbered_classes
 from fewbits.core.code import Code
 from fewbits.core.codec import (
     UNUSABLE,
@@ -47,13 +47,14 @@ from fewbits.core.codec import (
 )
 from fewbits.core.errors import FewbitsError, require
 from fewbits.primitives.bits import pack
-from fewbits.primitives.hamming import hamming_search, pairwise_hamming
+from fewbits.primitives.hamming import pairwise_hamming
 from fewbits.primitives.image_folder import ImageFiles, ImageTable, image_folder
 from fewbits.primitives.label_retrieval import (
     average_precision,
     precision_within,
     ranked_relevance,
 )
+from fewbits.vectors._binary_encoder import BinaryEncoder
 
 MOST_BITS = 4096
 LARGEST_SIDE = 2048
@@ -79,10 +80,11 @@ class Inputs(Protocol):
 
 
 @dataclass
-class HashModel:
-    """Options, files and search of `CSCENet` and `HashHead`."""
+class HashModel(BinaryEncoder):
+    """Options and files of `CSCENet` and `HashHead`."""
 
     name: ClassVar[str]
+    maker: ClassVar[str] = "model"
 
     bits: int = 64
     margin: float = 0.15
@@ -229,28 +231,6 @@ class HashModel:
         with readable_errors():
             return self._outputs(self.network_, found, np.arange(len(found)))[0]
 
-    def search(self, code: Code, queries: Any, k: int = 10) -> tuple[np.ndarray, np.ndarray]:
-        """The `k` items of `code` whose codes differ in the fewest bits.
-
-        Parameters
-        ----------
-        code : what this model made.
-        queries : inputs, or the code of them.
-
-        Returns
-        -------
-        Distances (q, k) int32 in bits, rising, and rows (q, k) int64. Exact; O(q·n·bits/8).
-
-        Raises
-        ------
-        FewbitsError
-            A code of another model, unusable queries, or k beyond the items.
-        """
-        self.check_code(code)
-        asked = queries if isinstance(queries, Code) else self.encode(queries)
-        self.check_code(asked)
-        return hamming_search(asked["bits"], code["bits"], check_k(k, len(code)))
-
     def read_code(self, path: str | Path) -> Code:
         """Open the codes that ``encode(inputs, to=path)`` wrote; they are mapped, not loaded.
 
@@ -273,14 +253,6 @@ class HashModel:
 
     def _code(self, arrays: dict[str, np.ndarray]) -> Code:
         return Code(arrays, self.spec, self.digest)
-
-    def check_code(self, code: Code) -> None:
-        """Refuse a code that another model made."""
-        self.require_fitted()
-        if code.codec_digest != self.digest:
-            raise FewbitsError(
-                f"this code was made by another model ({code.spec}); use that one, or encode anew"
-            )
 
     def require_fitted(self) -> None:
         if not hasattr(self, "network_"):
@@ -616,14 +588,7 @@ def class_targets(labels: Any, rows: int) -> np.ndarray:
         )
     if labels.ndim == 2:
         return class_indicators(labels)
-    if labels.dtype.kind == "O":
-        labels = labels.astype(str)
-    if labels.dtype.kind not in "biuSU":
-        raise FewbitsError(f"labels are whole numbers or names, not {labels.dtype}")
-    names, numbers = np.unique(labels, return_inverse=True)
-    if len(names) < 2:
-        raise FewbitsError("all labels are the same; give items of two classes at least")
-    return np.asarray(numbers, dtype=np.int64)
+    return numbered_classes(labels, "", "give items of two classes at least")
 
 
 def class_indicators(labels: np.ndarray) -> np.ndarray:
