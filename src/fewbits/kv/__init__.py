@@ -44,7 +44,8 @@ def cache(model: Any, method: Any = "full", **options: Any) -> CompressedCache:
 
     require("torch", "kv")
     require("transformers", "kv")
-    from fewbits.kv._cache import CompressedCache, use_attention
+    from fewbits.kv._cache import CompressedCache
+    from fewbits.kv._transformers import use_attention
 
     if isinstance(method, str):
         made = stages(method, **options)

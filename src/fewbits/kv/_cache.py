@@ -20,17 +20,19 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from fewbits.core.errors import FewbitsError
+from fewbits.kv._attention import (
+    allowed_of,
+    attend_part,
+    exact_attention,
+    mask_of_held,
+    sink_mass,
+)
 from fewbits.kv._forms import Exact, Form, Part
-from fewbits.primitives.partial_attention import Partial, attend, causal, fold, join, unfold
-
-NAME = "fewbits"
-
+from fewbits.primitives.partial_attention import Partial, causal, fold, join, unfold
 
 # -- what a method writes ------------------------------------------------------------------
 
@@ -107,6 +109,14 @@ class Stage:
     def observe(self, step: Step, memory: Memory) -> None:
         """Look at the prompt as it is read."""
 
+    def shown(self, keys: Tensor, values: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """What attention sees of new (b, h, t, d) keys and values, of the prompt, too."""
+        return keys, values
+
+    def beside(self, rows: Tensor, memory: Memory) -> Partial | None:
+        """Attention of folded and scaled (b, h, r, d) queries over what is no token."""
+        return None
+
     def choose(self, part: Part, memory: Memory) -> Tensor | None:
         """(b, h or 1, k) rising numbers of the tokens to keep at the end of the prompt."""
         return None
@@ -148,6 +158,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         super().__init__()
         self.stages, self.index, self.layers = list(stages), index, layers
         self.held_open = False
+        self.has_more = any(type(stage).beside is not Stage.beside for stage in self.stages)
         self.clear()
 
     def clear(self) -> None:
@@ -228,9 +239,12 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
     ) -> Tensor:
         """(b, heads, t, d): attention of new tokens over all that is held and themselves."""
         assert self.incoming is not None
-        new = Part(Exact(self.incoming[0]), Exact(self.incoming[1]), new_valid(mask, queries))
+        keys, values = self.incoming
         self.incoming = None
-        if self.parts or cap is not None or sinks is not None:
+        for stage, memory in zip(self.stages, self.memories, strict=True):
+            keys, values = stage.shown(keys, values, memory)
+        new = Part(Exact(keys), Exact(values), new_valid(mask, queries))
+        if self.parts or cap is not None or sinks is not None or self.has_more:
             output = self._joined(queries, new, scaling, cap, sinks)
             everything = joined(self.recent, new) if not self.parts else None
         else:
@@ -279,6 +293,9 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         partials.append(attend_part(new, rows, scaling, cap, own))
         if sinks is not None:
             partials.append(sink_mass(sinks, partials[0].output, groups))
+        for stage, memory in zip(self.stages, self.memories, strict=True):
+            more = stage.beside(rows * scaling, memory)
+            partials += [more] if more is not None else []
         return unfold(join(partials), queries.shape[1])
 
     # -- compression --------------------------------------------------------------------------
@@ -358,50 +375,9 @@ def new_valid(mask: Tensor | None, queries: Tensor) -> Tensor | None:
     return None if bool(valid.all()) else valid[:, :1]
 
 
-def allowed_of(mask: Tensor) -> Tensor:
-    """A mask as bool: additive masks have very negative numbers where nothing may be seen."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def seen(part: Part) -> Tensor | None:
     """(b, 1 or h, 1, s): what of a past part later queries may see."""
     return None if part.valid is None else part.valid[:, :, None]
-
-
-def attend_part(
-    part: Part, rows: Tensor, scaling: float, cap: float | None, allowed: Tensor | None
-) -> Partial:
-    return attend(rows, part.keys.scores, part.values.mix, part.tokens, scaling, allowed, cap)
-
-
-def exact_attention(
-    module: Any,
-    queries: Tensor,
-    everything: Part,
-    mask: Tensor | None,
-    scaling: float,
-    reading_prompt: bool,
-) -> Tensor:
-    """What transformers computes where all tokens that are held are exact."""
-    keys, values = everything.keys.read(), everything.values.read()
-    new, held = queries.shape[2], keys.shape[2]
-    if not reading_prompt or mask is None or mask.shape[-1] != held:
-        mask = mask_of_held(everything, new)
-    output, _ = sdpa_attention_forward(
-        module, queries, keys, values, mask, scaling=scaling, is_causal=mask is None and new > 1
-    )
-    return output.transpose(1, 2)
-
-
-def mask_of_held(everything: Part, new: int) -> Tensor | None:
-    """What the newest `new` tokens may see of all that are held: earlier ones without padding."""
-    held, device = everything.tokens, everything.keys.read().device
-    if everything.valid is None and (new == 1 or new == held):
-        return None
-    seen = torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)[None, None]
-    if everything.valid is not None:
-        seen = seen & everything.valid[:, :, None]
-    return seen
 
 
 # -- exact parts ---------------------------------------------------------------------------
@@ -525,96 +501,3 @@ class CompressedCache(DynamicCache):  # type: ignore[misc]
                     counted.add(storage.data_ptr())
                     found[name.partition(".")[0]] += storage.nbytes()
         return found
-
-
-# -- attention inside transformers ---------------------------------------------------------
-
-
-def fewbits_attention(
-    module: Any,
-    query: Tensor,
-    key: Any,
-    value: Any,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function: of a compressed layer where the cache has one, else transformers'."""
-    if not isinstance(key, CompressedLayer):
-        if softcap is not None or s_aux is not None:
-            return capped_attention(
-                query, key, value, attention_mask, scaling, softcap, s_aux
-            ), None
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
-    for unknown in ("position_bias", "sliding_window"):
-        if kwargs.get(unknown) is not None:
-            raise FewbitsError(f"attention with {unknown} is not supported in a compressed layer")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    output = key.attend(module, query, attention_mask, scale, softcap, s_aux)
-    return output.transpose(1, 2).contiguous(), None
-
-
-def capped_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    cap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
-    """(b, t, heads, d): attention with what transformers' fast kernel does not know."""
-    heads, tokens = key.shape[1], query.shape[2]
-    groups = query.shape[1] // heads
-    if mask is not None:
-        allowed = allowed_of(mask)[..., : key.shape[2]].repeat(1, 1, groups, 1)
-    else:
-        whole = torch.ones(tokens, key.shape[2], dtype=torch.bool, device=key.device)
-        allowed = whole.tril(key.shape[2] - tokens).repeat(groups, 1)[None, None]
-    part, scale = Part(Exact(key), Exact(value)), query.shape[-1] ** -0.5
-    rows = fold(query, heads)
-    partials = [attend_part(part, rows, scale if scaling is None else scaling, cap, allowed)]
-    if sinks is not None:
-        partials.append(sink_mass(sinks, partials[0].output, groups))
-    return unfold(join(partials), query.shape[1]).transpose(1, 2).contiguous()
-
-
-def sink_mass(sinks: Tensor, output: Tensor, groups: int) -> Partial:
-    """A place that attention can go to and find nothing: one score for each query head."""
-    batch, heads, rows, _ = output.shape
-    mass = sinks.float().reshape(1, heads, groups, 1).expand(batch, -1, -1, rows // groups)
-    return Partial(torch.zeros_like(output), mass.reshape(batch, heads, rows))
-
-
-def use_attention(model: Any) -> None:
-    """Have a model ask compressed layers; with any other cache it computes what it did.
-
-    Raises
-    ------
-    FewbitsError
-        Its attention is not one that can be replaced.
-    """
-    AttentionInterface.register(NAME, fewbits_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-    if not hasattr(model, "set_attn_implementation"):
-        raise FewbitsError(
-            f"{type(model).__name__} does not let its attention be replaced; give a causal "
-            "language model of transformers"
-        )
-    if model.config._attn_implementation == NAME:
-        return
-    try:
-        model.set_attn_implementation({"text_config": NAME} if is_multimodal(model) else NAME)
-    except (ValueError, AttributeError, KeyError) as error:
-        raise FewbitsError(
-            f"{type(model).__name__} does not let its attention be replaced ({error})"
-        ) from None
-
-
-def is_multimodal(model: Any) -> bool:
-    return model.config.get_text_config(decoder=True) is not model.config

@@ -28,9 +28,9 @@ from fewbits.kv._cache import (
     Stage,
     Step,
     select,
-    use_attention,
 )
 from fewbits.kv._forms import Part
+from fewbits.kv._transformers import use_attention
 from fewbits.kv.baselines import attention_sums, share
 
 ROUNDS = 60
