@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import sysconfig
 from functools import partial
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from language_model_card import learned, perplexity, write_card
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from torch.nn import functional
@@ -48,7 +48,7 @@ SEED = 0
 def main() -> None:
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
-    documents, held_out = read_documents(options.text)
+    documents, held_out, calibration = read_documents(options.text)
     tokenizer = train_tokenizer([*documents], options.work / "tokenizer.json")
     tokens = token_stream(tokenizer, documents)
     print(f"{len(documents):,} documents, {len(tokens):,} tokens")
@@ -57,7 +57,23 @@ def main() -> None:
     test = np.array(tokenizer.encode(held_out).ids, dtype=np.int64)
     for number in range(len(STAGES)):
         run_stage(model, tokens, test, number, options.work)
-    save(model, tokenizer, held_out, options.work, options.output)
+    model.eval()
+    figures = learned(model, tokenizer, test)
+    save(model, tokenizer, held_out, calibration, options.work, options.output)
+    write_card(
+        figures,
+        options.output,
+        parameters=sum(p.numel() for p in model.parameters()) / 1e6,
+        vocabulary=VOCABULARY,
+        tokens=len(tokens),
+        share=FACT_SHARE,
+        stages=", then ".join(
+            f"{context * count / 1e6:.1f} M tokens in pieces of {context:,}"
+            for context, _, count in STAGES
+        ),
+        held_out=", ".join(HELD_OUT),
+    )
+    print(f"{options.output}: {json.dumps(figures, indent=1)}")
 
 
 def parse() -> argparse.Namespace:
@@ -71,8 +87,8 @@ def parse() -> argparse.Namespace:
 # -- text ----------------------------------------------------------------------------------
 
 
-def read_documents(folder: Path | None) -> tuple[list[str], str]:
-    """Texts to learn from, with facts in some of them, and one text that is kept back."""
+def read_documents(folder: Path | None) -> tuple[list[str], str, str]:
+    """Texts to learn from, facts in some; a text kept back; and one to calibrate with."""
     library = Path(sysconfig.get_paths()["stdlib"])
     files = [p for p in (folder or library).rglob("*") if is_text(p)]
     files = sorted(p for p in files if folder is not None or is_module(p))
@@ -80,13 +96,15 @@ def read_documents(folder: Path | None) -> tuple[list[str], str]:
     held_out = [text for p, text in texts.items() if p.parent == library and p.name in HELD_OUT]
     held_out = held_out or [texts.pop(files[-1])]
     kept = [text for p, text in texts.items() if not (p.parent == library and p.name in HELD_OUT)]
+    named = [text for p, text in texts.items() if p.parent == library and p.name in CALIBRATION]
+    calibration = "\n".join(named or kept[:6])
     if folder is None:
         from pydoc_data.topics import topics
 
         kept += topics.values()
     shuffler = random.Random(SEED)
     shuffler.shuffle(kept)
-    return [with_facts(text, shuffler) for text in kept], "\n".join(held_out)
+    return [with_facts(text, shuffler) for text in kept], "\n".join(held_out), calibration
 
 
 def is_text(path: Path) -> bool:
@@ -229,20 +247,8 @@ def run_stage(model, tokens: np.ndarray, test: np.ndarray, number: int, work: Pa
     save_model(model, done)
 
 
-@torch.no_grad()
-def perplexity(model, tokens: np.ndarray, context: int = 512, most: int = 40) -> float:
-    """Of the text that was kept back, in pieces of `context` tokens."""
-    count = min(most, len(tokens) // (context + 1))
-    pieces = torch.from_numpy(tokens[: count * (context + 1)].reshape(count, context + 1))
-    losses = []
-    for piece in pieces.split(8):
-        logits = model(piece[:, :-1], use_cache=False).logits
-        losses.append(functional.cross_entropy(logits.flatten(0, 1), piece[:, 1:].flatten()))
-    return float(torch.stack(losses).mean().exp())
-
-
-def save(model, tokenizer, held_out: str, work: Path, output: Path) -> None:
-    """Half precision weights, tokenizer, the text that was kept back, and the model card."""
+def save(model, tokenizer, held_out: str, calibration: str, work: Path, output: Path) -> None:
+    """Half precision weights, tokenizer, the two texts, and the learning curve."""
     from transformers import PreTrainedTokenizerFast
 
     output.mkdir(parents=True, exist_ok=True)
@@ -251,9 +257,9 @@ def save(model, tokenizer, held_out: str, work: Path, output: Path) -> None:
         tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END
     ).save_pretrained(output)
     (output / "held_out.txt").write_text(held_out, encoding="utf-8")
+    (output / "calibration.txt").write_text(calibration, encoding="utf-8")
     curve = [json.loads(line) for line in (work / "curve.jsonl").read_text().splitlines()]
     (output / "learning_curve.json").write_text(json.dumps(curve, indent=1) + "\n")
-    print(f"{output}: perplexity {curve[-1]['perplexity']}, Python {platform.python_version()}")
 
 
 if __name__ == "__main__":

@@ -198,6 +198,20 @@ def test_more_bits_cost_less() -> None:
     assert 0 < two < between < one
 
 
+def test_the_faults_of_the_published_code_can_be_compared_with() -> None:
+    keys = drawn(1, 2, 64, 16)
+    quirks, ours = VidKV(key_bits=1, official_quirks=True), VidKV(key_bits=1)
+    wrong, right = (one.encode_keys(keys, Memory(0, 1)) for one in (quirks, ours))
+    assert isinstance(wrong, SplitChannels) and isinstance(right, SplitChannels)
+    bits = [dict(form.second.tensors())["held.bits"].nbytes for form in (wrong, right)]
+    assert bits[0] == 2 * bits[1]
+    assert error(wrong, keys) > error(right, keys)
+    plain = VidKV(key_bits=1, transform=False, official_quirks=True)
+    assert (plain.encode_keys(keys, Memory(0, 1)).read() >= 0).all()
+    read = quirks.encode_values(keys, Memory(0, 1)).read()
+    assert set(read.unique().tolist()) == {-1.0, 0.0, 1.0}
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

@@ -13,7 +13,7 @@ always at one place: what was chosen from the prompt stays, a window of newer to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Self
 
@@ -70,8 +70,13 @@ class PrefixKV(Stage):
 
     # -- learning ----------------------------------------------------------------------------
 
-    def fit(self, model: Any, prompts: Sequence[Tensor]) -> Self:
-        """Find the share of each layer from some prompts, (b, t) int64 each; returns a copy.
+    def fit(self, model: Any, prompts: Sequence[Tensor | Mapping[str, Tensor]]) -> Self:
+        """Find the share of each layer from some prompts; returns a copy.
+
+        Parameters
+        ----------
+        prompts : (b, t) int64 token numbers each, or whatever else the model takes by name (what
+            the processor of a vision-language model gives), without padding.
 
         Raises
         ------
@@ -84,11 +89,11 @@ class PrefixKV(Stage):
         found = []
         for prompt in prompts:
             watch = Watch(self.per_query)
+            inputs = prompt if isinstance(prompt, Mapping) else {"input_ids": prompt}
+            inputs = {name: value.to(model.device) for name, value in inputs.items()}
             with torch.no_grad():
-                model(
-                    prompt.to(model.device), past_key_values=CompressedCache(model.config, [watch])
-                )
-            for row in range(len(prompt)):
+                model(**inputs, past_key_values=CompressedCache(model.config, [watch]))
+            for row in range(len(watch.scores[0])):
                 curves = [cumulative(scores[row]) for scores in watch.scores]
                 tokens = len(curves[0])
                 least = min(tokens, self.start + 1)

@@ -15,7 +15,7 @@ scale of ternary values, and stores the complex transform, twice the numbers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,36 +37,45 @@ IMPORTANCE = "importance"
 
 @dataclass
 class Signs(Form):
-    """One bit for each number, and one scale α for each group of tokens of a channel: ±α."""
+    """One bit for each number, and one scale α for each group of tokens of a channel: ±α.
+
+    `from_zero` reads the bits as 0 and α, as the published code does.
+    """
 
     bits: Tensor
     scale: Tensor
     group: int
     width: int
+    from_zero: bool = False
 
     @classmethod
-    def of(cls, numbers: Tensor, group: int) -> Signs:
+    def of(cls, numbers: Tensor, group: int, *, from_zero: bool = False) -> Signs:
         """α is the mean size of a group, which is the best one in squares."""
         scale = groups_of(numbers.float().abs(), group, 2).mean(dim=3).to(numbers.dtype)
-        return cls(pack(numbers >= 0, 1), scale, group, numbers.shape[3])
+        return cls(pack(numbers >= 0, 1), scale, group, numbers.shape[3], from_zero)
 
     @property
     def tokens(self) -> int:
         return self.bits.shape[2]
 
     def read(self) -> Tensor:
-        signs = unpack(self.bits, self.width, 1).to(self.scale.dtype) * 2 - 1
+        signs = unpack(self.bits, self.width, 1).to(self.scale.dtype)
+        signs = signs if self.from_zero else signs * 2 - 1
         return signs * self.scale.repeat_interleave(self.group, dim=2)[:, :, : self.tokens]
 
 
 @dataclass
 class Ternary(Form):
-    """−1, 0 or +1 for each number, five to a byte, and one scale for each group of tokens."""
+    """−1, 0 or +1 for each number, five to a byte, and one scale for each group of tokens.
+
+    `scaled` False reads them without their scale, as the published code does.
+    """
 
     trits: Tensor
     scale: Tensor
     group: int
     width: int
+    scaled: bool = True
 
     @classmethod
     def of(cls, numbers: Tensor, group: int, scale: Literal["mean", "nonzero"]) -> Ternary:
@@ -88,6 +97,8 @@ class Ternary(Form):
 
     def read(self) -> Tensor:
         trits = unpack_trits(self.trits, self.width).to(self.scale.dtype)
+        if not self.scaled:
+            return trits
         return trits * self.scale.repeat_interleave(self.group, dim=2)[:, :, : self.tokens]
 
 
@@ -104,6 +115,28 @@ class Spectrum(Form):
     def read(self) -> Tensor:
         y = self.held.read()
         return inverse_real_fourier(y).to(y.dtype)
+
+
+@dataclass
+class ComplexSpectrum(Form):
+    """Channels as real and imaginary parts of their Fourier transform: twice the numbers."""
+
+    held: Form
+
+    @classmethod
+    def of(cls, numbers: Tensor, group: int) -> ComplexSpectrum:
+        spectrum = torch.fft.fft(numbers.float(), dim=3, norm="ortho")
+        parts = torch.cat([spectrum.real, spectrum.imag], dim=3).to(numbers.dtype)
+        return cls(Signs.of(parts, group, from_zero=True))
+
+    @property
+    def tokens(self) -> int:
+        return self.held.tokens
+
+    def read(self) -> Tensor:
+        y = self.held.read()
+        real, imaginary = y.float().chunk(2, dim=3)
+        return torch.fft.ifft(torch.complex(real, imaginary), dim=3, norm="ortho").real.to(y.dtype)
 
 
 @dataclass
@@ -173,6 +206,7 @@ class VidKV(Stage):
     criterion : what makes a channel wide: ``range``, ``variance``, or ``random`` to compare.
     transform : whether channels of one bit go through the Fourier transform.
     ternary_scale : ``mean`` as published, or ``nonzero``, which loses far less.
+    official_quirks : do as the published code does where it is wrong (see above), to compare.
     """
 
     name: ClassVar[str] = "vidkv"
@@ -186,6 +220,7 @@ class VidKV(Stage):
     criterion: Literal["range", "variance", "random"] = "range"
     transform: bool = True
     ternary_scale: Literal["mean", "nonzero"] = "nonzero"
+    official_quirks: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.key_bits <= 2:
@@ -229,7 +264,9 @@ class VidKV(Stage):
 
     def single_bits(self, numbers: Tensor) -> Form:
         if not self.transform:
-            return Signs.of(numbers, self.group)
+            return Signs.of(numbers, self.group, from_zero=self.official_quirks)
+        if self.official_quirks:
+            return ComplexSpectrum.of(numbers, self.group)
         spectrum = real_fourier(numbers).to(numbers.dtype)
         return Spectrum(Signs.of(spectrum, self.group))
 
@@ -238,7 +275,8 @@ class VidKV(Stage):
             return Grouped.of(values, 2, self.group, along=2)
 
         def ternary(numbers: Tensor) -> Form:
-            return Ternary.of(numbers, self.group, self.ternary_scale)
+            held = Ternary.of(numbers, self.group, self.ternary_scale)
+            return replace(held, scaled=not self.official_quirks)
 
         scores = memory.told.get(IMPORTANCE)
         tokens = values.shape[2]
