@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils.logging import disable_progress_bar
 
 SHARES = (0.5, 0.25, 0.125)
 """Of the whole cache, to keep."""
@@ -39,7 +40,8 @@ BATCH = 8
 
 
 def main(folder: str, tokens_file: str, prompt: int, output: str) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).eval()
     tokens = torch.from_numpy(np.load(tokens_file))
     whole = [run(model, rows, prompt, None) for rows in tokens.split(BATCH)]
     found = []

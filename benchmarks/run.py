@@ -1,6 +1,7 @@
 """Run all benchmarks and write their tables to docs/benchmarks.md.
 
-    python benchmarks/run.py [quality] [stores] [candidates] [speed] [memory] [scale] [installation]
+    python benchmarks/run.py [quality] [stores] [candidates] [speed] [memory] [scale] [kv]
+                              [kv_speed] [installation]
 
 Every figure is a ratio against a named peer, measured in the same run on the same data. Set
 ``FEWBITS_DATA`` to a folder with ``cranfield/`` to add that collection to `quality` and `stores`.
@@ -16,6 +17,8 @@ from pathlib import Path
 import candidates
 import faiss
 import installation
+import kv
+import kv_speed
 import memory
 import numpy as np
 import quality
@@ -31,6 +34,8 @@ PARTS = {
     "speed": speed.tables,
     "memory": memory.tables,
     "scale": scale.tables,
+    "kv": kv.tables,
+    "kv_speed": kv_speed.tables,
     "installation": installation.tables,
 }
 
