@@ -1,7 +1,7 @@
 """Run all benchmarks and write their tables to docs/benchmarks.md.
 
     python benchmarks/run.py [quality] [stores] [candidates] [speed] [memory] [scale] [kv]
-                              [kv_speed] [installation]
+                              [kv_speed] [streaming] [installation]
 
 Every figure is a ratio against a named peer, measured in the same run on the same data. Set
 ``FEWBITS_DATA`` to a folder with ``cranfield/`` to add that collection to `quality` and `stores`.
@@ -25,6 +25,7 @@ import quality
 import scale
 import speed
 import stores
+import streaming
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 PARTS = {
@@ -36,6 +37,7 @@ PARTS = {
     "scale": scale.tables,
     "kv": kv.tables,
     "kv_speed": kv_speed.tables,
+    "streaming": streaming.tables,
     "installation": installation.tables,
 }
 

@@ -29,7 +29,8 @@ def perplexity(model, tokens: np.ndarray, context: int = 512, most: int = 40) ->
 def learned(model, tokenizer, test: np.ndarray) -> dict[str, float]:
     """Figures for the model card: sinks, copying, and recall of facts."""
     chance = np.random.default_rng(SEED)
-    pieces = torch.from_numpy(test[: 8 * 512].reshape(8, 512))
+    pieces = torch.from_numpy(test[: 8 * 512].reshape(8, 512)).clone()
+    pieces[:, 0] = model.config.bos_token_id
     model.set_attn_implementation("eager")
     attentions = model(pieces, output_attentions=True).attentions
     model.set_attn_implementation("sdpa")
@@ -58,7 +59,7 @@ def recalled(model, tokenizer, test: np.ndarray, count: int = 200, tokens: int =
         text = tokenizer.decode(test[start : start + tokens].tolist())
         asked = f"# k{key} = v"
         prompt = f"{text[: len(text) // 2]}\n{asked}{value}\n{text[len(text) // 2 :]}\n{asked}"
-        ids = torch.tensor([tokenizer.encode(prompt).ids])
+        ids = torch.tensor([[model.config.bos_token_id, *tokenizer.encode(prompt).ids]])
         answer = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
         )

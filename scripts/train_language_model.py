@@ -12,9 +12,11 @@ interruption.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import sysconfig
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -36,10 +38,49 @@ HELD_OUT = ("argparse.py", "heapq.py", "statistics.py", "textwrap.py", "zipfile.
 """Modules that the model never sees."""
 CALIBRATION = ("ast.py", "configparser.py", "csv.py", "difflib.py", "inspect.py", "shutil.py")
 """Modules among those it learns from that are kept as a text to calibrate methods with."""
-STAGES = ((256, 16, 38_400), (2048, 2, 960))
-"""Context in tokens, sequences in a batch, and sequences in all: 9.8 and 2 million tokens."""
 EPOCHS = 20
-"""Parts of a stage; after each, the learning curve gets a point."""
+"""Parts of a stage's schedule; after each, the learning curve gets a point."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training.
+
+    Attributes
+    ----------
+    context : tokens of a sequence.
+    batch : sequences of a step.
+    sequences : of the whole schedule.
+    epochs : so many of the schedule's `EPOCHS` parts are run; the next stage goes on from there.
+    rate : highest learning rate.
+    copies : pieces that come again further on, in half of the sequences.
+    facts : put into each sequence, and asked for again; such sequences begin with the token that
+        ends a text, as a place for attention to rest on.
+    """
+
+    context: int
+    batch: int
+    sequences: int
+    epochs: int
+    rate: float
+    copies: int = 0
+    facts: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.context * self.sequences * self.epochs // EPOCHS
+
+
+STAGES = (
+    Stage(context=256, batch=16, sequences=38_400, epochs=8, rate=3e-3),
+    Stage(context=1024, batch=4, sequences=3_520, epochs=8, rate=2e-3, copies=3),
+    Stage(context=1024, batch=4, sequences=2_400, epochs=EPOCHS, rate=2e-3, copies=10),
+    Stage(context=1024, batch=4, sequences=3_600, epochs=EPOCHS, rate=2e-3, copies=6, facts=8),
+)
+LONGEST_COPY = 96
+"""Tokens of a piece that comes again."""
+SHUFFLED, IGNORED = 0.5, -100
+"""Share of those pieces whose tokens are in another order, and the target of such tokens."""
 FACT_SHARE = 0.4
 """Share of documents that get facts."""
 SEED = 0
@@ -56,7 +97,7 @@ def main() -> None:
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
     test = np.array(tokenizer.encode(held_out).ids, dtype=np.int64)
     for number in range(len(STAGES)):
-        run_stage(model, tokens, test, number, options.work)
+        run_stage(model, tokenizer, tokens, test, number, options.work)
     model.eval()
     figures = learned(model, tokenizer, test)
     save(model, tokenizer, held_out, calibration, options.work, options.output)
@@ -68,8 +109,7 @@ def main() -> None:
         tokens=len(tokens),
         share=FACT_SHARE,
         stages=", then ".join(
-            f"{context * count / 1e6:.1f} M tokens in pieces of {context:,}"
-            for context, _, count in STAGES
+            f"{stage.tokens / 1e6:.1f} M tokens in pieces of {stage.context:,}" for stage in STAGES
         ),
         held_out=", ".join(HELD_OUT),
     )
@@ -195,28 +235,40 @@ class Counted(nn.Module):
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
 
-def run_stage(model, tokens: np.ndarray, test: np.ndarray, number: int, work: Path) -> None:
+def run_stage(
+    model, tokenizer, tokens: np.ndarray, test: np.ndarray, number: int, work: Path
+) -> None:
     """Train one of `STAGES`, or load what an earlier run came to."""
-    context, batch, count = STAGES[number]
+    stage = STAGES[number]
     done = work / f"stage-{number}.safetensors"
     if done.exists():
         load_model(model, done)
         return
-    per_epoch = count // EPOCHS
-    starts = np.random.default_rng(SEED + number).integers(0, len(tokens) - context - 1, count)
+    per_epoch = stage.sequences // EPOCHS
+    starts = np.random.default_rng(SEED + number).integers(
+        0, len(tokens) - stage.context - 1, stage.sequences
+    )
     counted = Counted(model)
 
     def loss(rows: Tensor) -> Tensor:
-        epoch = int(counted.steps) // (per_epoch // batch)
+        step = int(counted.steps)
+        epoch = step // (per_epoch // stage.batch)
         counted.steps += 1
-        places = starts[epoch * per_epoch + rows.numpy()][:, None] + np.arange(context + 1)
-        found = torch.from_numpy(tokens[places])
-        logits = model(found[:, :-1], use_cache=False).logits
-        return functional.cross_entropy(logits.flatten(0, 1), found[:, 1:].flatten())
+        places = starts[epoch * per_epoch + rows.numpy()][:, None] + np.arange(stage.context + 1)
+        chance = np.random.default_rng(step)
+        found, targets = with_copies(tokens[places], stage.copies, chance)
+        if stage.facts:
+            found, targets = with_asked_facts(found, targets, stage.facts, tokenizer, chance)
+        logits = model(torch.from_numpy(found[:, :-1]), use_cache=False).logits
+        targets = torch.from_numpy(targets[:, 1:])
+        return functional.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED
+        )
 
     def note(epoch: int, history: History) -> None:
         model.eval()
-        seen = (epoch * per_epoch * context + sum(c * n for c, _, n in STAGES[:number])) / 1e6
+        part = stage.context * per_epoch * epoch
+        seen = (part + sum(earlier.tokens for earlier in STAGES[:number])) / 1e6
         point = {"million_tokens": round(seen, 2), "training_loss": round(history.loss[-1], 4)}
         point["perplexity"] = round(perplexity(model, test), 3)
         print(point, flush=True)
@@ -225,26 +277,75 @@ def run_stage(model, tokens: np.ndarray, test: np.ndarray, number: int, work: Pa
         if epoch & (epoch - 1) == 0:  # 1, 2, 4, 8, 16
             save_model(model, work / f"checkpoint-{number}-{epoch:02d}.safetensors")
         model.train()
+        if epoch == stage.epochs:
+            raise StageIsOver
 
-    train(
-        counted,
-        loss,
-        per_epoch,
-        epochs=EPOCHS,
-        batch_size=batch,
-        optimizer=partial(
-            torch.optim.AdamW, lr=(3e-3, 6e-4)[number], betas=(0.9, 0.95), weight_decay=0.1
-        ),
-        scheduler=warmup_cosine(0.05, 0.1),
-        seed=SEED + number,
-        gradient_clip=1.0,
-        checkpoint=work / f"stage-{number}.checkpoint",
-        checkpoint_seconds=120,
-        identity=f"{STAGES[number]} {len(tokens)}",
-        progress=True,
-        callback=note,
-    )
+    with contextlib.suppress(StageIsOver):
+        train(
+            counted,
+            loss,
+            per_epoch,
+            epochs=EPOCHS,
+            batch_size=stage.batch,
+            optimizer=partial(
+                torch.optim.AdamW, lr=stage.rate, betas=(0.9, 0.95), weight_decay=0.1
+            ),
+            scheduler=warmup_cosine(0.05, 0.1),
+            seed=SEED + number,
+            gradient_clip=1.0,
+            checkpoint=work / f"stage-{number}.checkpoint",
+            checkpoint_seconds=120,
+            identity=f"{stage} {len(tokens)}",
+            progress=True,
+            callback=note,
+        )
     save_model(model, done)
+
+
+class StageIsOver(Exception):
+    """Ends a stage before its schedule does."""
+
+
+def with_copies(
+    rows: np.ndarray, copies: int, chance: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """(b, t) tokens and targets; in half of the rows pieces come again further on.
+
+    Some of those have their tokens in another order, so that nothing but looking back can tell
+    what follows; where such a piece is new, nothing can, and it is no target.
+    """
+    found, targets = rows.copy(), rows.copy()
+    for number in np.flatnonzero(chance.random(len(rows)) < (0.5 if copies else 0.0)):
+        for _ in range(copies):
+            size = int(chance.integers(16, LONGEST_COPY))
+            start, later = sorted(chance.choice(rows.shape[1] // size, 2, replace=False) * size)
+            piece = found[number, start : start + size].copy()
+            if chance.random() < SHUFFLED:
+                chance.shuffle(piece)
+                targets[number, start : start + size] = IGNORED
+                found[number, start : start + size] = piece
+            found[number, later : later + size] = piece
+            targets[number, later : later + size] = piece
+    return found, targets
+
+
+def with_asked_facts(
+    rows: np.ndarray, targets: np.ndarray, facts: int, tokenizer, chance: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same (b, t) with facts put in twice each, and `END` in front; ends are cut off."""
+    made = []
+    for pair in zip(rows, targets, strict=True):
+        pieces: list[tuple[int, list[int]]] = [(0, [tokenizer.token_to_id(END)])]
+        for _ in range(facts):
+            line = f"\n# k{chance.integers(100)} = v{chance.integers(10_000)}\n"
+            ids = tokenizer.encode(line).ids
+            pieces += [(int(place), ids) for place in chance.integers(1, rows.shape[1], 2)]
+        pieces.sort(key=lambda piece: piece[0])
+        places = np.repeat([place for place, _ in pieces], [len(ids) for _, ids in pieces])
+        ids = [one for _, ids in pieces for one in ids]
+        made.append([np.insert(row, places, ids)[: rows.shape[1]] for row in pair])
+    found = np.array(made)
+    return found[:, 0], found[:, 1]
 
 
 def save(model, tokenizer, held_out: str, calibration: str, work: Path, output: Path) -> None:

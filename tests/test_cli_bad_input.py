@@ -324,7 +324,7 @@ def test_unusable_list_of_methods(refused: Refused) -> None:
         ("reproduce", "name the systems, or pass --all; there are: "),
         ("reproduce pca-rag --all", "name the systems, or pass --all; there are: "),
         ("reproduce nope", "unknown method 'nope'"),
-        ("reproduce think", "think has no reproduction; there is one for: "),
+        ("reproduce snapkv", "snapkv has no reproduction; there is one for: "),
         ("reproduce pca-rag --size huge", "invalid choice: 'huge'"),
     ],
 )

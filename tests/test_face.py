@@ -228,5 +228,5 @@ def test_decode_takes_codes_or_a_file_and_gives_vectors_or_a_file(
 
 def test_reproduce_and_systems_are_the_catalogues() -> None:
     assert len(fewbits.systems()) == 78
-    with pytest.raises(FewbitsError, match="think has no reproduction"):
-        fewbits.reproduce("think")
+    with pytest.raises(FewbitsError, match="snapkv has no reproduction"):
+        fewbits.reproduce("snapkv")

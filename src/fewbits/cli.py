@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from fewbits import __version__
+from fewbits.cli_kv import add_kv
 from fewbits.core.errors import FewbitsError
 from fewbits.core.report_text import printable
 
@@ -22,6 +23,20 @@ INPUT_HELP = (
     "a pattern or a URL of them, - for an .npy on standard input, or example:python-docs"
 )
 TEXTS = (".txt", ".jsonl", ".csv")
+VECTORS_ONLY = {
+    "queries": None,
+    "qrels": None,
+    "metric": "cosine",
+    "column": None,
+    "model": None,
+    "rows": 100_000,
+    "seed": 0,
+    "engine": "local",
+    "search_chains": None,
+}
+"""Options of ``compare`` that caches do not have, and their defaults."""
+CACHES_ONLY = dict.fromkeys(("text", "calibrate", "pieces", "prompt", "scored"))
+"""Options that only caches have."""
 STORES = ("faiss", "lancedb", "qdrant", "parquet", "npy")
 
 
@@ -61,16 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_compare(options: argparse.Namespace) -> None:
     from fewbits.core.report import print_table, write_report
 
-    comparison = compared_as_asked(options)(
-        items_of(options),
-        queries_of(options),
-        qrels=options.qrels,
-        metric=options.metric,
-        column=options.column,
-        rows=options.rows,
-        seed=options.seed,
-        show_progress=True,
-    ).to_json()
+    compared = {"vectors": compare_vectors, "kv": compare_caches}[options.kind]
+    comparison = compared(options).to_json()
     try:
         if options.report:
             page, picture = write_report(comparison, Path(options.report))
@@ -80,6 +87,44 @@ def run_compare(options: argparse.Namespace) -> None:
             print_json(comparison)
         else:
             print_table(comparison)
+
+
+def compare_vectors(options: argparse.Namespace) -> Any:
+    refuse_others(options, CACHES_ONLY, "--kind kv")
+    return compared_as_asked(options)(
+        items_of(options),
+        queries_of(options),
+        qrels=options.qrels,
+        metric=options.metric,
+        column=options.column,
+        rows=options.rows,
+        seed=options.seed,
+        show_progress=True,
+    )
+
+
+def compare_caches(options: argparse.Namespace) -> Any:
+    refuse_others(options, VECTORS_ONLY, "--kind vectors")
+    if options.text is None:
+        raise FewbitsError("--kind kv needs --text, a file of words for the model to read")
+    from fewbits.kv import compare
+
+    sizes = {name: getattr(options, name) for name in ("pieces", "prompt", "scored")}
+    return compare(
+        options.file,
+        Path(options.text),
+        methods=options.methods,
+        calibrate=None if options.calibrate is None else Path(options.calibrate),
+        show_progress=True,
+        **{name: value for name, value in sizes.items() if value is not None},
+    )
+
+
+def refuse_others(options: argparse.Namespace, names: dict[str, Any], kind: str) -> None:
+    """Refuse options that another kind of comparison has."""
+    for name, default in names.items():
+        if getattr(options, name) != default:
+            raise FewbitsError(f"--{name.replace('_', '-')} is only for {kind}; leave it out")
 
 
 def compared_as_asked(options: argparse.Namespace) -> Callable[..., Any]:
@@ -436,6 +481,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(made)
     made.add_argument("--json", action="store_true", help="one JSON object per query")
 
+    made = commands.add_parser("kv", help="KV caches of language models: choose, fit, save, load")
+    add_kv(made)
+
     made = command("info", run_info, "what is in a .fewbits file or directory?")
     made.add_argument("codes", help=".fewbits file or directory")
     made.add_argument("--json", action="store_true", help="print JSON")
@@ -490,6 +538,13 @@ def add_input(made: argparse.ArgumentParser) -> None:
 
 def add_compare(made: argparse.ArgumentParser) -> None:
     add_input(made)
+    made.add_argument(
+        "--kind",
+        choices=("vectors", "kv"),
+        default="vectors",
+        help="kv compares KV caches: FILE is then the name or folder of a language model, or "
+        "reference for one that ships with fewbits",
+    )
     made.add_argument("--methods", help="names or spec strings, joined by commas; all by default")
     made.add_argument(
         "--search-chains",
@@ -499,6 +554,11 @@ def add_compare(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--qrels", help="relevance judgements; adds nDCG@10")
     made.add_argument("--rows", type=whole_number, default=100_000, help="sample size (100000)")
+    made.add_argument("--text", metavar="FILE", help="kv: words for the model to read")
+    made.add_argument("--calibrate", metavar="FILE", help="kv: words for methods that learn first")
+    made.add_argument("--pieces", type=whole_number, help="kv: pieces of the text (8)")
+    made.add_argument("--prompt", type=whole_number, help="kv: tokens of a prompt (512)")
+    made.add_argument("--scored", type=whole_number, help="kv: tokens scored behind each (64)")
     made.add_argument("--report", metavar="DIR", help="write an HTML report and a picture there")
 
 

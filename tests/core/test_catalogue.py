@@ -99,6 +99,8 @@ def test_row_is_well_formed(row: System) -> None:
 def test_path_follows_from_room_and_name(row: System) -> None:
     module, _, attribute = row.path.partition(":")
     files = [row.name.replace("-", "_"), *(["baselines"] if row in opponents() else [])]
+    if row.name == "pca":  # MatryoshkaKV begins with it
+        files.append("matryoshkakv")
     assert module in [f"fewbits.{row.room}.{file}" for file in files]
     assert module == row.module
     assert attribute.isidentifier()
@@ -123,7 +125,7 @@ def test_opponents_are_codecs_of_the_core() -> None:
 
 def test_opponents_of_caches_are_caches() -> None:
     rows = [row for row in opponents() if row.room == "kv"]
-    assert [row.name for row in rows] == ["full", "window", "snapkv", "h2o", "kivi", "saq"]
+    assert [row.name for row in rows] == ["full", "window", "snapkv", "h2o", "kivi", "pca", "saq"]
     assert {(row.kind, row.extra) for row in rows} == {("cache", "kv")}
     assert [cache_stage(row.name).name for row in rows] == [row.name for row in rows]
     with pytest.raises(FewbitsError, match="pq is a codec, not a way to compress KV caches"):

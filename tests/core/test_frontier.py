@@ -154,6 +154,35 @@ def test_size_that_nothing_fits_into_names_the_smallest(points: list[Point]) -> 
     )
 
 
+# -- where less is better ------------------------------------------------------------------
+
+
+@pytest.fixture
+def caches() -> list[Point]:
+    """Four points whose divergence falls with size; ``window`` is beaten by ``kivi``."""
+    figures = {"window": (8, 0.4), "kivi": (4, 0.02), "full": (32, 0.0), "sign": (2, 1.5)}
+    return [Point(n, n, size, 0, 32 / size, {"KL": kl}) for n, (size, kl) in figures.items()]
+
+
+def test_the_frontier_falls_where_less_is_better(caches: list[Point]) -> None:
+    marked = mark_frontier(caches, "KL")
+    assert [(p.spec, p.on_frontier) for p in marked] == [
+        ("sign", True),
+        ("kivi", True),
+        ("window", False),
+        ("full", True),
+    ]
+
+
+def test_limits_are_the_most_where_less_is_better(caches: list[Point]) -> None:
+    assert cheapest(caches, {"KL": 2}).spec == "sign"
+    assert cheapest(caches, {"KL": 0.02}).spec == "kivi"
+    assert cheapest(caches, {"KL": 0.019}).spec == "full"
+    assert best(caches, 8, "KL").spec == "kivi"
+    with pytest.raises(FewbitsError, match=r"keeps KL at 0\.01; the best is kivi with 0\.02 at"):
+        cheapest(caches[:2], {"KL": 0.01})
+
+
 # -- what is refused -----------------------------------------------------------------------
 
 

@@ -373,3 +373,58 @@ def test_without_scripts_the_table_is_there(page: Page) -> None:
     text = json.dumps(document)
     assert '"NOSCRIPT"' in text
     assert '"nodeValue": "pca-rag:dims=192+pq:bytes=96"' in text
+
+
+# -- caches: less is better ----------------------------------------------------------------
+
+FIGURES = {  # bytes per token, KL, perplexity
+    "window:keep=0.25": (768.0, 0.2, 19.0),
+    "snapkv:keep=0.25": (768.0, 0.05, 17.5),
+    "kivi:bits=2": (700.0, 0.01, 17.1),
+    "kivi:bits=4": (900.0, 0.0001, 17.0),
+    "full": (3072.0, 0.0, 17.2),
+}
+CACHES = {
+    "input": {"kind": "kv", "name": "reference", "bytes_per_item": 3072, "rows": 4096},
+    "points": [
+        {
+            "method": spec.partition(":")[0],
+            "spec": spec,
+            "bytes_per_item": size,
+            "codec_bytes": 0,
+            "ratio": 3072 / size,
+            "quality": {"KL": divergence, "perplexity": perplexity},
+        }
+        for spec, (size, divergence, perplexity) in FIGURES.items()
+    ],
+    "left_out": [],
+}
+
+
+def test_caches_have_a_falling_frontier(page: Page) -> None:
+    page.open(CACHES)
+    assert page.texts("tr.on-frontier button") == ["kivi:bits=2", "kivi:bits=4", "full"]
+    assert page.one("#axes .label").text == "KL ↓"
+    assert page.one("#quality-sign").text == "≤"
+    assert page.one("#help").text.startswith("Down and left is better.")
+    assert {"1e-4", "0.001", "0.01", "0.1"} <= set(page.texts(".y-tick"))
+    heads = page.texts("#table th button")
+    assert heads[:4] == ["method", "bytes/token", "of full cache", "KL"]
+    assert "25 %" in page.one('#table tr[data-index="0"]').text
+    page.one('#quality option[value="perplexity"]').click()
+    assert page.texts("tr.on-frontier button") == ["kivi:bits=2", "kivi:bits=4"]
+
+
+def test_caches_are_chosen_by_the_most_there_may_be(page: Page) -> None:
+    page.open(CACHES)
+    page.type_number("#smallest input[type=number]", 0.001)
+    assert page.one("#smallest .spec").text == "kivi:bits=4"
+    assert page.one("#smallest code").text == 'fewbits.kv.cache(model, "kivi:bits=4")'
+    page.type_number("#smallest input[type=number]", 0.02)
+    assert page.one("#smallest .spec").text == "kivi:bits=2"
+    page.type_number("#best input[type=number]", 768)
+    assert page.one("#best .spec").text == "kivi:bits=2"
+    page.type_number("#best input[type=number]", 5000)
+    assert page.one("#best .spec").text == "full"
+    page.type_number("#best input[type=number]", 3)
+    assert "the smallest is kivi:bits=2 with 700 bytes" in page.one("#best .answer").text

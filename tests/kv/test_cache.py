@@ -222,7 +222,8 @@ def test_only_full_attention_is_compressed() -> None:
         ("snapkv:kernel=4", {}, "kernel an odd number"),
         ("kivi+snapkv", {}, "snapkv chooses tokens; put it before kivi"),
         ("window+kivi", {}, "window goes on dropping tokens behind the prompt"),
-        ("cachegen", {}, "cachegen is planned"),
+        ("cachegen", {}, "cachegen is no form of a cache"),
+        ("think+saq", {}, "saq cannot follow think"),
     ],
 )
 def test_methods_that_make_no_sense_are_refused(
@@ -243,3 +244,31 @@ def test_another_dtype_is_refused(llama: Any) -> None:
 def test_a_model_without_replaceable_attention_is_refused() -> None:
     with pytest.raises(FewbitsError, match="does not let its attention be replaced"):
         fewbits.kv.cache(torch.nn.Linear(2, 2), "full")
+
+
+@pytest.mark.parametrize("name", ["Bloom", "GPTJ"])
+def test_a_family_with_attention_of_its_own_is_refused(name: str) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "n_embd": 32, "vocab_size": 64, "rotary_dim": 8}
+    layers = {"n_layer": 1, "n_head": 2}
+    config = getattr(transformers, f"{name}Config")(**sizes, **layers)
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with pytest.raises(FewbitsError, match="does not let its attention be replaced"):
+        fewbits.kv.cache(model, "full")
+
+
+@torch.no_grad()
+def test_keys_from_a_fused_projection_hold_only_their_own_bytes() -> None:
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = Phi3ForCausalLM(
+        Phi3Config(**sizes, intermediate_size=32, vocab_size=128, pad_token_id=0)
+    )
+    held = {}
+    for method in ("full", "window:keep=0.5"):
+        cache = fewbits.kv.cache(model, method)
+        model(tokens(1, 96), past_key_values=cache)
+        held[method] = cache.nbytes()
+    assert held == {"full": 2 * 96 * 32 * 4, "window:keep=0.5": 2 * 48 * 32 * 4}

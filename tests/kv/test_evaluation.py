@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import tokens
 
+import fewbits
 from fewbits.core.errors import FewbitsError
-from fewbits.kv.evaluation import evaluate
+from fewbits.kv.evaluation import batch_of, evaluate
 
 METHODS = ("full", "kivi:bits=4,group=16,recent=16", "kivi:bits=2,group=16,recent=16")
 
@@ -44,6 +45,19 @@ def test_batches_do_not_matter(llama: Any, costs: dict[str, Any]) -> None:
     (again,) = evaluate(llama, tokens(3, 80), 64, [METHODS[1]], batch=3)
     assert again.divergence == pytest.approx(costs[METHODS[1]].divergence, rel=1e-3)
     assert again.bytes_per_token == costs[METHODS[1]].bytes_per_token
+
+
+def test_methods_may_have_names(llama: Any, costs: dict[str, Any]) -> None:
+    stage = fewbits.kv.stages(METHODS[1])
+    found = evaluate(llama, tokens(3, 80), 64, {"mine": stage, "full": "full"}, batch=2)
+    assert [cost.method for cost in found] == ["mine", "full"]
+    assert found[0].divergence == pytest.approx(costs[METHODS[1]].divergence, rel=1e-3)
+
+
+def test_batches_of_large_vocabularies_are_small(llama: Any) -> None:
+    assert batch_of(llama, 64, 8) == 8
+    assert batch_of(llama, 2**28 // (4 * 128) // 3, 8) == 3
+    assert batch_of(llama, 2**28, 8) == 1
 
 
 @pytest.mark.parametrize(("shape", "prompt"), [((80,), 64), ((2, 80), 80), ((2, 80), 0)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -178,3 +179,38 @@ def test_prompts_are_needed(model: Any) -> None:
 def test_shares_of_another_model_are_refused(model: Any) -> None:
     with pytest.raises(FewbitsError, match="fitted on a model of 2 layers, but this one has 3"):
         filled(model, PrefixKV(shares=(0.5, 0.5)))
+
+
+# -- files ---------------------------------------------------------------------------------
+
+
+def test_shares_come_back_from_their_file(model: Any, tmp_path: Path) -> None:
+    fitted = PrefixKV(keep=0.4).fit(model, [tokens(1)])
+    fitted.save(tmp_path / "shares")
+    loaded = PrefixKV.load(tmp_path / "shares")
+    assert loaded.shares == fitted.shares
+    (stage,) = fewbits.kv.stages(f"prefixkv:keep=0.4,fitted={tmp_path / 'shares'}")
+    assert stage.shares == fitted.shares
+    with pytest.raises(FewbitsError, match="exists"):
+        fitted.save(tmp_path / "shares")
+
+
+def test_shares_of_another_budget_model_or_method_are_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(FewbitsError, match="call fit first"):
+        PrefixKV().save(tmp_path / "none")
+    PrefixKV(keep=0.4).fit(model, [tokens(1)]).save(tmp_path / "shares")
+    with pytest.raises(FewbitsError, match=r"fitted for keep=0\.4, not for keep=0\.5"):
+        PrefixKV(keep=0.5, fitted=str(tmp_path / "shares"))
+    with pytest.raises(FewbitsError, match="layers 3, but this one has 2"):
+        fewbits.kv.cache(tiny_model(num_hidden_layers=2), PrefixKV.load(tmp_path / "shares"))
+    (tmp_path / "noise").write_bytes(b"nothing")
+    with pytest.raises(FewbitsError, match="damaged"):
+        PrefixKV.load(tmp_path / "noise")
+
+
+def test_a_prompt_may_be_embeddings(model: Any) -> None:
+    prompt = tokens(1)
+    embedded = {"inputs_embeds": model.get_input_embeddings()(prompt).detach()}
+    assert PrefixKV(keep=0.4).fit(model, [embedded]).shares == (
+        PrefixKV(keep=0.4).fit(model, [prompt]).shares
+    )

@@ -202,7 +202,8 @@ def test_the_faults_of_the_published_code_can_be_compared_with() -> None:
     keys = drawn(1, 2, 64, 16)
     quirks, ours = VidKV(key_bits=1, official_quirks=True), VidKV(key_bits=1)
     wrong, right = (one.encode_keys(keys, Memory(0, 1)) for one in (quirks, ours))
-    assert isinstance(wrong, SplitChannels) and isinstance(right, SplitChannels)
+    assert isinstance(wrong, SplitChannels)
+    assert isinstance(right, SplitChannels)
     bits = [dict(form.second.tensors())["held.bits"].nbytes for form in (wrong, right)]
     assert bits[0] == 2 * bits[1]
     assert error(wrong, keys) > error(right, keys)

@@ -16,6 +16,7 @@ from fewbits.core.checks import check_seed
 from fewbits.core.codec import Codec, from_spec
 from fewbits.core.errors import FewbitsError
 from fewbits.core.frontier import Point
+from fewbits.core.kinds import TARGET, main_quality
 from fewbits.core.progress import Steps, progress
 from fewbits.core.readers import open_queries, open_source, read_qrels
 from fewbits.core.search import Matches, check_metric, search_array
@@ -24,7 +25,6 @@ from fewbits.primitives.ragged import Ragged, chamfer
 from fewbits.primitives.retrieval import ndcg, overlap
 from fewbits.primitives.sketch import value_hash
 
-TARGET = "recall@10"
 CUTS = (1, 10, 100)
 """k of recall@k, as far as the collection goes."""
 ROWS = 100_000
@@ -37,11 +37,12 @@ LEAST_ROWS = 20
 
 @dataclass(frozen=True)
 class Comparison:
-    """The points of a comparison, by rising size.
+    """The points of a comparison, by rising size; of vectors or of KV caches.
 
     Attributes
     ----------
     input : what was compared: name, rows, dims, dtype, bytes per item, metric, queries.
+        Of KV caches: ``kind`` kv, model and text, layers, heads, tokens read and scored.
     points : one `Point` per method and setting.
     left_out : methods that were not run, and why.
     tried : where chains were searched for, what each kept in each round.
@@ -52,15 +53,18 @@ class Comparison:
     left_out: list[dict[str, str]]
     tried: list[dict[str, Any]] = field(default_factory=list)
 
-    def cheapest(self, **at_least: float) -> Point:
-        """The smallest point that keeps a quality: ``cheapest(recall_at_10=0.95)``."""
-        if not at_least:
+    def cheapest(self, **limits: float) -> Point:
+        """The smallest point that keeps a quality: ``cheapest(recall_at_10=0.95)``.
+
+        Of KL and perplexity it is the most, of all others the least there may be.
+        """
+        if not limits:
             raise FewbitsError("say what to keep, for example cheapest(recall_at_10=0.95)")
-        named = {name.replace("_at_", "@"): value for name, value in at_least.items()}
+        named = {name.replace("_at_", "@"): value for name, value in limits.items()}
         return frontier.cheapest(self.points, named)
 
     def best(self, bytes: float, target: str | None = None) -> Point:
-        """The best point in `target` (recall@10) of at most so many bytes per item."""
+        """The best point in `target` (recall@10, KL) of at most so many bytes per item or token."""
         return frontier.best(self.points, bytes, target or target_of(self.points))
 
     @property
@@ -79,7 +83,7 @@ class Comparison:
         return table_text(self.to_json())
 
     def report(self, folder: str | Path) -> Path:
-        """Write ``report.html``, ``recall.png`` and ``comparison.json``; returns the page."""
+        """Write the page, a picture and ``comparison.json``; returns ``report.html``."""
         from fewbits.core.report import write_report
 
         return write_report(self.to_json(), Path(folder))[0]
@@ -168,8 +172,8 @@ def check_rows(rows: int) -> None:
 
 
 def target_of(points: list[Point]) -> str:
-    """The quality that points are ranked by; small collections have no recall@10."""
-    return TARGET if points and TARGET in points[0].quality else f"recall@{CUTS[0]}"
+    """The quality that points are ranked by: recall@10, or else the first that was measured."""
+    return main_quality(list(points[0].quality)) if points else TARGET
 
 
 def prepare(

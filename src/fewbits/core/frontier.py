@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from fewbits.core.errors import FewbitsError
+from fewbits.core.kinds import figure, gain
 
 
 @dataclass(frozen=True)
@@ -15,15 +16,15 @@ class Point:
 
     Attributes
     ----------
-    method : names of the codecs of the chain, joined by ``+``.
-    spec : spec string that makes this codec.
-    bytes_per_item : payload bytes per item, as stored.
+    method : names of the methods of the chain, joined by ``+``.
+    spec : spec string that makes this method.
+    bytes_per_item : payload bytes per item (of a KV cache: per token), as stored.
     codec_bytes : bytes of learned arrays, paid once.
     ratio : bytes per item of the input, over `bytes_per_item`.
-    quality : name → value, higher is better.
-    fit_seconds : time to learn the codec.
-    encode_per_second : items encoded per second.
-    search_per_second : queries answered per second, over this collection.
+    quality : name → value; higher is better, except for `kinds.LESS_IS_BETTER`.
+    fit_seconds : time to learn the method.
+    encode_per_second : items encoded, or tokens of prompts read, per second.
+    search_per_second : queries answered, or tokens decoded, per second.
     on_frontier : no other point is at most as large and at least as good.
     """
 
@@ -44,37 +45,41 @@ class Point:
 
 def mark_frontier(points: Iterable[Point], target: str) -> list[Point]:
     """The points by rising size, those on the Pareto frontier of `target` marked."""
-    ordered = sorted(points, key=lambda p: (p.bytes_per_item, -p.quality[target], p.codec_bytes))
+    ordered = sorted(points, key=lambda p: (p.bytes_per_item, -gained(p, target), p.codec_bytes))
     marked, best = [], float("-inf")
     for point in ordered:
-        on_frontier = point.quality[target] > best
-        best = max(best, point.quality[target])
+        on_frontier = gained(point, target) > best
+        best = max(best, gained(point, target))
         marked.append(replace(point, on_frontier=on_frontier))
     return marked
 
 
-def cheapest(points: Iterable[Point], at_least: dict[str, float]) -> Point:
-    """The smallest point that reaches every quality of `at_least`.
+def cheapest(points: Iterable[Point], limits: dict[str, float]) -> Point:
+    """The smallest point that is as good as every limit: at least, or where less is better at most.
 
     Raises
     ------
     FewbitsError
-        No point does; the message has the nearest.
+        No point is; the message has the nearest.
     """
     points = list(points)
-    for name in at_least:
+    for name in limits:
         check_quality(points, name)
-    enough = [p for p in points if all(p.quality[n] >= v for n, v in at_least.items())]
+
+    def margin(point: Point) -> float:
+        return min(gained(point, name) - gain(name, value) for name, value in limits.items())
+
+    enough = [point for point in points if margin(point) >= 0]
     if not enough:
-        best = max(points, key=lambda p: min(p.quality[n] - v for n, v in at_least.items()))
-        wish = " and ".join(f"{name} at {value:g}" for name, value in at_least.items())
-        kept = " and ".join(f"{best.quality[name]:.3f}" for name in at_least)
+        best = max(points, key=margin)
+        wish = " and ".join(f"{name} at {value:g}" for name, value in limits.items())
+        kept = " and ".join(figure(name, best.quality[name]) for name in limits)
         raise FewbitsError(
             f"nothing that was compared keeps {wish}; the best is "
             f"{best.spec} with {kept} at {best.bytes_per_item:g} bytes"
         )
-    first = next(iter(at_least))
-    return min(enough, key=lambda p: (p.bytes_per_item, -p.quality[first], p.codec_bytes))
+    first = next(iter(limits))
+    return min(enough, key=lambda p: (p.bytes_per_item, -gained(p, first), p.codec_bytes))
 
 
 def best(points: Iterable[Point], at_most: float, target: str) -> Point:
@@ -94,7 +99,12 @@ def best(points: Iterable[Point], at_most: float, target: str) -> Point:
             f"nothing that was compared fits into {at_most:g} bytes; the smallest is "
             f"{least.spec} with {least.bytes_per_item:g}"
         )
-    return max(small, key=lambda p: (p.quality[target], -p.bytes_per_item, -p.codec_bytes))
+    return max(small, key=lambda p: (gained(p, target), -p.bytes_per_item, -p.codec_bytes))
+
+
+def gained(point: Point, name: str) -> float:
+    """A quality of a point as a number that is higher where it is better."""
+    return gain(name, point.quality[name])
 
 
 def check_quality(points: list[Point], name: str) -> None:

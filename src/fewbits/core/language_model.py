@@ -7,6 +7,8 @@ values, 32 numbers wide; 4,096 tokens), trained on the text that comes with Pyth
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,14 +49,33 @@ def load_language_model(name: str = REFERENCE) -> tuple[Any, Any]:
     place = str(language_model_path()) if own else name
     options: dict[str, Any] = {"trust_remote_code": False}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype="float32" if own else "auto", use_safetensors=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(place, **options)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(
+                place, dtype="float32" if own else "auto", use_safetensors=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(place, **options)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise FewbitsError(f"{name} cannot be loaded as a causal language model: {reason}") from None
+        raise FewbitsError(
+            f"{name} cannot be loaded as a causal language model: {reason}"
+        ) from None
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars and warnings of transformers; errors say what there is to say."""
+    from transformers.utils import logging
+
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def held_out_text() -> str:
@@ -70,6 +91,8 @@ def calibration_text() -> str:
 def token_rows(tokenizer: Any, text: str, rows: int, length: int, batch: int = 65_536) -> Tensor:
     """(rows, length) int64: pieces of a text, spread evenly over it, that do not overlap.
 
+    Where the tokenizer has a token that begins a text, each piece begins with it, as models expect.
+
     Raises
     ------
     FewbitsError
@@ -77,17 +100,18 @@ def token_rows(tokenizer: Any, text: str, rows: int, length: int, batch: int = 6
     """
     import torch
 
-    pieces = [text[start : start + batch] for start in range(0, len(text), batch)]
-    ids = [
-        token
-        for one in tokenizer(pieces, add_special_tokens=False)["input_ids"]
-        for token in one
-    ]
-    if rows < 1 or length < 1 or len(ids) < rows * length:
+    first = getattr(tokenizer, "bos_token_id", None)
+    own = length if first is None else length - 1
+    texts = [text[start : start + batch] for start in range(0, len(text), batch)]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    found = torch.tensor([token for ids in encoded for token in ids])
+    if rows < 1 or own < 1 or len(found) < rows * own:
         raise FewbitsError(
-            f"the text has {len(ids):,} tokens; {rows} pieces of {length} need {rows * length:,}: "
+            f"the text has {len(found):,} tokens; {rows} pieces of {length} need {rows * own:,}: "
             "give a longer text, or ask for fewer or shorter pieces"
         )
-    found = torch.tensor(ids)
-    starts = torch.linspace(0, len(ids) - length, rows).long() if rows > 1 else torch.zeros(1).long()
-    return found[starts[:, None] + torch.arange(length)]
+    starts = torch.linspace(0, len(found) - own, rows).long()
+    pieces = found[starts[:, None] + torch.arange(own)]
+    return (
+        pieces if first is None else torch.cat([pieces.new_full((rows, 1), first), pieces], dim=1)
+    )

@@ -16,11 +16,13 @@ import json
 import math
 import os
 import string
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fewbits.core.container import clear_errors, make_folder, remove_empty
+from fewbits.core.kinds import LESS_IS_BETTER, Kind, kind_of, main_quality
 from fewbits.core.report_picture import png_bytes
 from fewbits.core.report_text import (
     MISSING,
@@ -38,16 +40,16 @@ from fewbits.core.report_text import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-DROPPED_FIRST = ("fit s", "encode/s", "search/s", "codec bytes")
+DROPPED_FIRST = ("fit_seconds", "encode_per_second", "search_per_second", "codec_bytes")
 """What the terminal table leaves out first where it is too narrow."""
 
 # -- the table -----------------------------------------------------------------------------
 
 
 def print_table(
-    comparison: Comparison, console: Console | None = None, target: str = "recall@10"
+    comparison: Comparison, console: Console | None = None, target: str | None = None
 ) -> None:
-    """Print the comparison as a table, from few to many bytes per item.
+    """Print the comparison as a table, from few to many bytes per item or token.
 
     Rows on the frontier are marked and bold. Where the terminal is too narrow for all columns
     the least important ones are left out, and a line says which; method specs are never cut.
@@ -55,17 +57,21 @@ def print_table(
     Parameters
     ----------
     console : where to print; standard output if None.
-    target : the quality that the frontier was drawn for; its column always stays.
+    target : the quality that the frontier was drawn for, recall@10 or KL if None; its column
+        always stays.
     """
     from rich.console import Console
     from rich.text import Text
 
     console = console or Console()
+    names = quality_names(comparison)
+    target = target or main_quality(names)
     points = sorted_points(comparison, target)
     heading = f"{input_name(comparison)}: {input_facts(comparison)}"
     console.print(Text(encodable(heading, console)))
     if points:
-        notes = print_rows(points, quality_names(comparison), console, target)
+        columns = table_columns(names, kind_of(comparison))
+        notes = print_rows(points, columns, kind_of(comparison), console, target)
     else:
         notes = ["No method could be compared."]
     notes += filter(None, [tried_words(comparison)])
@@ -76,23 +82,27 @@ def print_table(
 
 
 def print_rows(
-    points: list[Point], qualities: list[str], console: Console, target: str
+    points: list[Point],
+    columns: dict[str, Callable[[Point], str]],
+    kind: Kind,
+    console: Console,
+    target: str,
 ) -> list[str]:
     """Print the table itself; returns what has to be said below it."""
     from rich.cells import cell_len
 
-    columns = table_columns(qualities)
     cells = {
         head: [encodable(cell(point), console) for point in points]
         for head, cell in columns.items()
     }
     widths = {head: max(map(cell_len, [head, *texts])) for head, texts in cells.items()}
-    kept = columns_that_fit(widths, target, console.width)
+    kept = columns_that_fit(widths, kind, target, console.width)
     marks = [encodable("●", console) if point.get("on_frontier") else "" for point in points]
     console.print(rich_table({head: cells[head] for head in kept}, marks))
     notes = []
     if any(marks):
-        notes.append(f"● on the frontier: no method has more {target} in fewer bytes")
+        better = "less" if target in LESS_IS_BETTER else "more"
+        notes.append(f"● on the frontier: no method has {better} {target} in fewer bytes")
     if dropped := [head for head in cells if head not in kept]:
         notes.append(f"not shown at this width: {', '.join(dropped)}")
     return notes
@@ -115,13 +125,14 @@ def table_text(comparison: Comparison, width: int = 120) -> str:
     return text.getvalue()
 
 
-def columns_that_fit(widths: dict[str, int], target: str, width: int) -> list[str]:
+def columns_that_fit(widths: dict[str, int], kind: Kind, target: str, width: int) -> list[str]:
     """Headings to keep in `width` terminal cells; two cells part each column from the last."""
-    fixed = ("method", "bytes/item", target)
-    qualities = [head for head in widths if head not in (*fixed, *DROPPED_FIRST, "smaller by")]
+    size, smaller, *_ = kind.columns.values()
+    figures = [kind.columns[name] for name in DROPPED_FIRST]
+    qualities = [head for head in widths if head not in ("method", size, smaller, target, *figures)]
     kept = list(widths)
     mark_column = 3
-    for head in (*DROPPED_FIRST, *qualities, "smaller by"):
+    for head in (*figures, *qualities, smaller):
         if mark_column + sum(widths[name] + 2 for name in kept) <= width:
             break
         kept.remove(head)
@@ -150,7 +161,7 @@ def rich_table(cells: dict[str, list[str]], marks: list[str]) -> Any:
 
 
 def draw_png(comparison: Comparison, path: str | Path) -> None:
-    """Draw recall@10 (or the first quality there is) against bytes per item as a PNG.
+    """Draw recall@10 (or the first quality there is) against bytes as a PNG.
 
     Raises
     ------
@@ -161,7 +172,9 @@ def draw_png(comparison: Comparison, path: str | Path) -> None:
 
 
 def write_report(comparison: Comparison, folder: str | Path) -> tuple[Path, Path]:
-    """Write ``report.html``, ``recall.png`` and ``comparison.json`` into `folder`.
+    """Write ``report.html``, ``comparison.json`` and a picture into `folder`.
+
+    The picture is ``recall.png``, or for KV caches ``divergence.png``.
 
     The page needs no network and no other file. Older files of these names are replaced, and
     only once all three are ready.
@@ -176,7 +189,7 @@ def write_report(comparison: Comparison, folder: str | Path) -> tuple[Path, Path
         A file cannot be written.
     """
     folder = Path(folder)
-    page, picture = folder / "report.html", folder / "recall.png"
+    page, picture = folder / "report.html", folder / kind_of(comparison).picture
     text = json.dumps(plain(comparison), indent=1, allow_nan=False)
     place_files(
         {
@@ -226,6 +239,7 @@ def page_text(comparison: Comparison) -> str:
         for name in ("report_page.html", "report_page.css", "report_plot.js", "report_page.js")
     )
     script = plot + page
+    kind = kind_of(comparison)
     data = json.dumps(plain(comparison), allow_nan=False)
     for character in "<>&":  # so that no text in the data can end the element that holds it
         data = data.replace(character, f"\\u{ord(character):04x}")
@@ -236,6 +250,9 @@ def page_text(comparison: Comparison) -> str:
         style_hash=content_hash(style),
         script=script,
         script_hash=content_hash(script),
+        words=html.escape(json.dumps(kind.to_json())),
+        sizes=kind.sizes,
+        size_note=kind.size_note,
         data=data,
         table=static_table(comparison),
         left_out=left_out_section(comparison),
@@ -248,11 +265,12 @@ def content_hash(text: str) -> str:
 
 def static_table(comparison: Comparison) -> str:
     """The table that a browser without scripts shows."""
-    columns = table_columns(quality_names(comparison))
+    names = quality_names(comparison)
+    columns = table_columns(names, kind_of(comparison))
     head = "".join(f"<th>{html.escape(text)}</th>" for text in columns)
     rows = [
         "".join(f"<td>{html.escape(cell(point))}</td>" for cell in columns.values())
-        for point in sorted_points(comparison, "recall@10")
+        for point in sorted_points(comparison, main_quality(names))
     ]
     body = "".join(f"<tr>{row}</tr>" for row in rows)
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

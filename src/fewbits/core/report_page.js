@@ -2,6 +2,7 @@
 // All text from the data goes in through textContent or append, never as markup.
 
 const comparison = JSON.parse(document.getElementById("comparison").textContent);
+const words = JSON.parse(document.querySelector("main").dataset.words);
 const about = comparison.input;
 const points = comparison.points.map((point, index) => ({ ...point, index }));
 const qualities = [...new Set(points.flatMap((point) => Object.keys(point.quality)))];
@@ -10,11 +11,11 @@ const state = {
   quality: qualities.includes("recall@10") ? "recall@10" : qualities[0],
   hidden: new Set(),
   frontier: true,
-  view: null, // {x0, x1, y0, y1}: log2 bytes and quality; null shows everything
-  leastQuality: 0,
+  view: null, // {x0, x1, y0, y1}: log2 bytes and height; null shows everything
+  limitQuality: 0, // the least, or where less is better the most
   mostBytes: Infinity,
   picked: null,
-  sort: { column: "bytes/item", descending: false },
+  sort: { column: words.columns.bytes_per_item, descending: false },
 };
 const find = (id) => document.getElementById(id);
 
@@ -25,7 +26,9 @@ const decimals = (value, most) => value.toLocaleString("en-US", { maximumFractio
 const orDash = (write) => (value) => (isNumber(value) ? write(value) : "–");
 const countText = orDash((value) => decimals(value, 2));
 const ratioText = orDash((value) => decimals(value, value < 100 ? 1 : 0) + "×");
-const qualityText = orDash((value) => value.toFixed(3));
+const shareText = orDash((ratio) => decimals(100 / ratio, 1) + " %");
+const qualityText = (value, name) => orDash((known) => (words.less_is_better.includes(name)
+  ? String(Number(known.toPrecision(Math.abs(known) < 1 ? 3 : 4))) : known.toFixed(3)))(value);
 const secondsText = orDash((value) => (value < 9.95
   ? value.toLocaleString("en-US", { maximumSignificantDigits: 2 }) : decimals(value, 0)));
 
@@ -80,24 +83,27 @@ const swatch = (method) =>
 // -- what is shown, and what is best of it -----------------------------------------------
 
 const qualityOf = (point) => point.quality[state.quality];
+const lessIsBetter = () => words.less_is_better.includes(state.quality);
+const gain = (quality) => (lessIsBetter() ? -quality : quality);
+const gainOf = (point) => gain(qualityOf(point));
 const canDraw = (point) => isNumber(qualityOf(point)) && point.bytes_per_item > 0;
 const shown = () => points.filter((point) => canDraw(point) && !state.hidden.has(point.method));
-const bySize = (a, b) => a.bytes_per_item - b.bytes_per_item || qualityOf(b) - qualityOf(a)
+const bySize = (a, b) => a.bytes_per_item - b.bytes_per_item || gainOf(b) - gainOf(a)
   || a.codec_bytes - b.codec_bytes || a.index - b.index;
 
 function frontierOf(list) {
   let most = -Infinity;
   return [...list].sort(bySize).filter((point) => {
-    const better = qualityOf(point) > most;
-    most = Math.max(most, qualityOf(point));
+    const better = gainOf(point) > most;
+    most = Math.max(most, gainOf(point));
     return better;
   });
 }
 const smallest = () =>
-  shown().filter((point) => qualityOf(point) >= state.leastQuality).sort(bySize)[0];
+  shown().filter((point) => gainOf(point) >= gain(state.limitQuality)).sort(bySize)[0];
 const best = () =>
   shown().filter((point) => point.bytes_per_item <= state.mostBytes)
-    .sort((a, b) => qualityOf(b) - qualityOf(a) || bySize(a, b))[0];
+    .sort((a, b) => gainOf(b) - gainOf(a) || bySize(a, b))[0];
 
 function chosen() {
   return [["A", smallest()], ["B", best()], ["C", points[state.picked]]]
@@ -112,6 +118,7 @@ function shellQuote(text) {
 }
 
 function commandFor(point) {
+  if (words.use === "cache") return `fewbits.kv.cache(model, ${JSON.stringify(point.spec)})`;
   // Arrays that were compared from Python are called "the input", and are no file yet.
   const file = about.name === "the input" ? "FILE" : String(about.name);
   const output = file.split("/").pop().replace(/(.)\.[^.]*$/, "$1") + ".fewbits";
@@ -140,17 +147,18 @@ function answer(form, point, otherwise) {
   return place.replaceChildren(
     html("p", { class: "spec mono" }, swatch(point.method), point.spec),
     html("p", {}, `${countText(point.bytes_per_item)} bytes · `
-      + `${ratioText(point.ratio)} smaller · ${state.quality} ${qualityText(qualityOf(point))}`),
+      + `${ratioText(point.ratio)} smaller · ${state.quality} `
+      + qualityText(qualityOf(point), state.quality)),
     html("div", { class: "command" }, html("code", {}, command), button),
   );
 }
 
 function drawChoices() {
-  const top = shown().sort((a, b) => qualityOf(b) - qualityOf(a))[0];
+  const top = shown().sort((a, b) => gainOf(b) - gainOf(a))[0];
   const low = shown().sort(bySize)[0];
   answer(find("smallest"), smallest(), top
-    ? `Nothing shown reaches ${state.leastQuality}; the best is ${top.spec}`
-      + ` with ${qualityText(qualityOf(top))}.`
+    ? `Nothing shown reaches ${state.limitQuality}; the best is ${top.spec}`
+      + ` with ${qualityText(qualityOf(top), state.quality)}.`
     : "No method is shown.");
   answer(find("best"), best(), low
     ? `Nothing shown is that small; the smallest is ${low.spec}`
@@ -170,7 +178,8 @@ function setUpSizeLimit() {
     slider.setAttribute("aria-valuetext", `${countText(state.mostBytes)} bytes`);
   };
   slider.max = sizes.length - 1;
-  state.mostBytes = sizes.findLast((size) => size <= about.bytes_per_item / 16) ?? sizes[0];
+  const usual = about.bytes_per_item / words.usual_ratio;
+  state.mostBytes = sizes.findLast((size) => size <= usual) ?? sizes[0];
   number.value = state.mostBytes;
   show();
   slider.addEventListener("input", () => {
@@ -189,7 +198,7 @@ function setUpQualityLimit() {
   const [number, slider] = find("smallest").querySelectorAll("input");
   for (const [input, other] of [[number, slider], [slider, number]]) {
     input.addEventListener("input", () => {
-      state.leastQuality = Number(input.value);
+      state.limitQuality = Number(input.value);
       other.value = input.value;
       draw();
     });
@@ -197,15 +206,20 @@ function setUpQualityLimit() {
   resetQualityLimit();
 }
 
-/** Starts the quality limit of a newly chosen quality at 95 % of the best there is. */
+/** Starts the limit of a newly chosen quality at 95 % of the best; in the middle if less is better. */
 function resetQualityLimit() {
-  const values = points.filter(canDraw).map(qualityOf);
+  const values = points.filter(canDraw).map(qualityOf).sort((a, b) => a - b);
   const [number, slider] = find("smallest").querySelectorAll("input");
-  slider.min = Math.floor(Math.min(...values) * 1000) / 1000;
-  slider.max = Math.floor(Math.max(...values) * 1000) / 1000;
-  state.leastQuality = Math.floor(950 * Math.max(...values)) / 1000;
-  slider.value = number.value = state.leastQuality;
+  const [least, most] = [values[0], values.at(-1)];
+  number.step = slider.step = lessIsBetter() ? 0.0001 : 0.001;
+  slider.min = Math.floor(least * 1000) / 1000;
+  slider.max = lessIsBetter() ? Math.ceil(most * 1000) / 1000 : Math.floor(most * 1000) / 1000;
+  state.limitQuality = lessIsBetter()
+    ? Number(values[Math.floor(values.length / 2)].toPrecision(3)) : Math.floor(950 * most) / 1000;
+  slider.value = number.value = state.limitQuality;
   find("quality-name").textContent = state.quality;
+  find("quality-sign").textContent = lessIsBetter() ? "≤" : "≥";
+  find("direction").textContent = lessIsBetter() ? "Down" : "Up";
 }
 
 // -- legend and table --------------------------------------------------------------------
@@ -244,15 +258,22 @@ function drawLegend() {
   }
 }
 
+const FIGURES = {
+  bytes_per_item: [(point) => point.bytes_per_item, countText],
+  ratio: [(point) => point.ratio, ratioText],
+  share: [(point) => point.ratio, shareText],
+  codec_bytes: [(point) => point.codec_bytes, sizeText],
+  encode_per_second: [(point) => point.encode_per_second, rateText],
+  search_per_second: [(point) => point.search_per_second, rateText],
+  fit_seconds: [(point) => point.fit_seconds, secondsText],
+};
+const figures = Object.entries(words.columns).map(([name, head]) => [head, FIGURES[name]]);
 const COLUMNS = new Map([
   ["method", [(point) => point.spec, String]],
-  ["bytes/item", [(point) => point.bytes_per_item, countText]],
-  ["smaller by", [(point) => point.ratio, ratioText]],
-  ...qualities.map((name) => [name, [(point) => point.quality[name], qualityText]]),
-  ["codec bytes", [(point) => point.codec_bytes, sizeText]],
-  ["encode/s", [(point) => point.encode_per_second, rateText]],
-  ["search/s", [(point) => point.search_per_second, rateText]],
-  ["fit s", [(point) => point.fit_seconds, secondsText]],
+  ...figures.slice(0, 2),
+  ...qualities.map((name) =>
+    [name, [(point) => point.quality[name], (value) => qualityText(value, name)]]),
+  ...figures.slice(2),
 ]);
 
 function setUpTable() {
@@ -262,7 +283,8 @@ function setUpTable() {
     const button = html("button", { type: "button" }, name);
     button.addEventListener("click", () => {
       const { column, descending } = state.sort;
-      const fromHigh = name !== "method" && name !== "bytes/item";
+      const fromHigh = name !== "method" && name !== words.columns.bytes_per_item
+        && !words.less_is_better.includes(name);
       state.sort = { column: name, descending: column === name ? !descending : fromHigh };
       drawTable();
     });

@@ -1,4 +1,4 @@
-"""The picture of a report: quality against bytes per item, drawn with matplotlib."""
+"""The picture of a report: quality against bytes per item or token, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 from itertools import pairwise
 from typing import Any
 
+from fewbits.core.kinds import LESS_IS_BETTER, LOGARITHMIC, kind_of, main_quality
 from fewbits.core.report_text import (
     Comparison,
     Point,
@@ -38,12 +39,11 @@ MARKERS = "osD^vpX"
 
 
 def png_bytes(comparison: Comparison) -> bytes:
-    """recall@10 (or the first quality there is) against bytes per item, as a PNG file."""
+    """recall@10 (or the first quality there is) against bytes, as a PNG file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = quality_names(comparison)
-    quality = names[0] if names and "recall@10" not in names else "recall@10"
+    quality = main_quality(quality_names(comparison))
     figure = Figure(figsize=(10, 5.6), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # draws into memory, whatever the screen
     axes = figure.add_subplot()
@@ -56,6 +56,9 @@ def png_bytes(comparison: Comparison) -> bytes:
         and point["bytes_per_item"] > 0
     ]
     if drawn:
+        if quality in LOGARITHMIC:
+            drawn = raised(drawn, quality)
+            axes.set_yscale("log")
         draw_points(figure, axes, drawn, quality)
     else:
         axes.text(
@@ -68,6 +71,15 @@ def png_bytes(comparison: Comparison) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()
+
+
+def raised(points: list[Point], quality: str) -> list[Point]:
+    """Points whose quality has a logarithm: what is 0 stands at half of the least above it."""
+    above = [point["quality"][quality] for point in points if point["quality"][quality] > 0]
+    least = min(above, default=1.0) / 2
+    return [
+        {**point, "quality": {quality: max(least, point["quality"][quality])}} for point in points
+    ]
 
 
 def dress_axes(axes: Any, comparison: Comparison, quality: str) -> None:
@@ -83,8 +95,9 @@ def dress_axes(axes: Any, comparison: Comparison, quality: str) -> None:
         color="#5d6b7a",
         parse_math=False,
     )
-    axes.set_xlabel("bytes per item (log scale)")
-    axes.set_ylabel(quality, parse_math=False)
+    way = " (less is better)" if quality in LESS_IS_BETTER else ""
+    axes.set_xlabel(f"{kind_of(comparison).sizes} (log scale)")
+    axes.set_ylabel(quality + way, parse_math=False)
     axes.grid(color="#e3e7ec", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

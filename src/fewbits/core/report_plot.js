@@ -4,11 +4,18 @@
 const MARGIN = { left: 52, right: 16, top: 30, bottom: 46 };
 const plot = { width: 0, height: 0 };
 
+/** A quality as a height in the plot: itself, or its logarithm, with 0 below all that is above it. */
+function heightOf(quality) {
+  if (!words.logarithmic.includes(state.quality)) return quality;
+  const above = points.filter(canDraw).map(qualityOf).filter((value) => value > 0);
+  return Math.log10(Math.max(quality, (above.length ? Math.min(...above) : 1) / 2));
+}
+
 /** The view that shows everything. Hidden methods count too, so that filtering moves nothing. */
 function wholeView() {
   const drawn = points.filter(canDraw);
   const xs = drawn.map((point) => Math.log2(point.bytes_per_item));
-  const ys = drawn.map(qualityOf);
+  const ys = drawn.map((point) => heightOf(qualityOf(point)));
   const [x0, x1, y0, y1] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
   const [padX, padY] = [(x1 - x0) * 0.05 || 0.5, (y1 - y0) * 0.07 || 0.05];
   return { x0: x0 - padX, x1: x1 + padX, y0: y0 - padY, y1: y1 + padY };
@@ -27,7 +34,7 @@ function scales() {
   };
 }
 function placeOf(point, scale = scales()) {
-  return [scale.x(Math.log2(point.bytes_per_item)), scale.y(qualityOf(point))];
+  return [scale.x(Math.log2(point.bytes_per_item)), scale.y(heightOf(qualityOf(point)))];
 }
 
 /** Byte ticks: powers of two, thinned or halved until they stand 62 pixels apart or more. */
@@ -43,14 +50,29 @@ function byteTicks(scale) {
   }
   return ticks.filter((tick) => Math.log2(tick) >= x0 && Math.log2(tick) <= x1);
 }
+/** Heights and texts of the ticks of a logarithmic scale: tenfold steps, with 2 and 5 if few. */
+function logarithmicTicks() {
+  const { y0, y1 } = view();
+  const steps = y1 - y0 > 3 ? [1] : [1, 2, 5];
+  const ticks = [];
+  for (let power = Math.floor(y0); power <= y1; power += 1) {
+    for (const step of steps) ticks.push([power + Math.log10(step), step * 10 ** power]);
+  }
+  return ticks.filter(([height]) => height >= y0 && height <= y1)
+    .map(([height, value]) =>
+      [height, value < 0.0009 ? value.toExponential(0) : String(Number(value.toPrecision(1)))]);
+}
 function qualityTicks() {
+  if (words.logarithmic.includes(state.quality)) return logarithmicTicks();
   const { y0, y1 } = view();
   const rough = (y1 - y0) / (plot.height / 70);
   const ten = 10 ** Math.floor(Math.log10(rough));
   const step = ten * [1, 2, 5, 10].find((factor) => factor * ten >= rough);
   const places = Math.max(0, -Math.floor(Math.log10(step) + 1e-9));
   const ticks = [];
-  for (let k = Math.ceil(y0 / step); k * step <= y1; k += 1) ticks.push((k * step).toFixed(places));
+  for (let k = Math.ceil(y0 / step); k * step <= y1; k += 1) {
+    ticks.push([k * step, (k * step).toFixed(places)]);
+  }
   return ticks;
 }
 
@@ -66,18 +88,18 @@ function drawAxes(scale) {
         decimals(tick, 3)),
     );
   }
-  for (const tick of qualityTicks()) {
-    const y = scale.y(Number(tick));
+  for (const [height, text] of qualityTicks()) {
+    const y = scale.y(height);
     group.append(
       svg("line", { class: "gridline", x1: MARGIN.left, x2: right, y1: y, y2: y }),
-      svg("text", { class: "y-tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, tick),
+      svg("text", { class: "y-tick", x: MARGIN.left - 8, y: y + 4, "text-anchor": "end" }, text),
     );
   }
   group.append(
     svg("line", { class: "axis", x1: MARGIN.left, x2: right, y1: bottom, y2: bottom }),
-    svg("text", { class: "label", x: 4, y: 16 }, `${state.quality} ↑`),
+    svg("text", { class: "label", x: 4, y: 16 }, `${state.quality} ${lessIsBetter() ? "↓" : "↑"}`),
     svg("text", { class: "label", x: right, y: bottom + 38, "text-anchor": "end" },
-      "← bytes per item (log scale)"),
+      `← ${words.sizes} (log scale)`),
   );
   return group;
 }
@@ -92,9 +114,9 @@ function drawLimits(scale) {
       svg("text", { x: x - 5, y: plot.height - MARGIN.bottom - 8, "text-anchor": "end" }, text),
     );
   };
-  vertical(about.bytes_per_item, "original", "uncompressed");
+  vertical(about.bytes_per_item, "original", words.whole);
   vertical(state.mostBytes, "limit-line", "");
-  const y = scale.y(state.leastQuality);
+  const y = scale.y(heightOf(state.limitQuality));
   group.append(svg("line", { class: "limit-line", x1: 0, x2: plot.width, y1: y, y2: y }));
   return group;
 }
@@ -107,8 +129,8 @@ function drawFrontier(scale) {
 }
 
 function pointLabel(point) {
-  return `${point.spec}: ${countText(point.bytes_per_item)} bytes per item, `
-    + `${state.quality} ${qualityText(qualityOf(point))}`;
+  return `${point.spec}: ${countText(point.bytes_per_item)} ${words.sizes}, `
+    + `${state.quality} ${qualityText(qualityOf(point), state.quality)}`;
 }
 function drawMarkers(scale) {
   const group = svg("g", { id: "markers" });
@@ -152,7 +174,7 @@ function drawPlot() {
   plot.width = find("plot").clientWidth;
   plot.height = Math.round(Math.min(520, Math.max(320, plot.width * 0.56)));
   canvas.setAttribute("viewBox", `0 0 ${plot.width} ${plot.height}`);
-  canvas.setAttribute("aria-label", `${state.quality} against bytes per item`);
+  canvas.setAttribute("aria-label", `${state.quality} against ${words.sizes}`);
   const scale = scales();
   const clip = svg("clipPath", { id: "inside" }, svg("rect", {
     x: MARGIN.left - 6, y: MARGIN.top - 6,
@@ -171,15 +193,16 @@ const markerOf = (index) => find("canvas").querySelector(`[data-index="${index}"
 // -- pointing at things ------------------------------------------------------------------
 
 function tooltipRows(point) {
+  const { columns } = words;
   return [
     ["method", point.method],
-    ["bytes per item", countText(point.bytes_per_item)],
+    [words.sizes, countText(point.bytes_per_item)],
     ["smaller by", ratioText(point.ratio)],
-    ...qualities.map((name) => [name, qualityText(point.quality[name])]),
-    ["codec, paid once", sizeText(point.codec_bytes)],
-    ["… per item here", sizeText(point.codec_bytes / about.rows)],
-    ["encode", `${rateText(point.encode_per_second)}/s`],
-    ["search", `${rateText(point.search_per_second)}/s`],
+    ...qualities.map((name) => [name, qualityText(point.quality[name], name)]),
+    [`${words.paid_once}, paid once`, sizeText(point.codec_bytes)],
+    [`… per ${words.item} here`, sizeText(point.codec_bytes / about.rows)],
+    [columns.encode_per_second.replace("/s", ""), `${rateText(point.encode_per_second)}/s`],
+    [columns.search_per_second.replace("/s", ""), `${rateText(point.search_per_second)}/s`],
     ["fit", `${secondsText(point.fit_seconds)} s`],
   ];
 }
@@ -305,7 +328,7 @@ function moveFocus(step) {
   const now = order.findIndex((point) => point.index === focused);
   const next = order[Math.min(Math.max(now + step, 0), order.length - 1)];
   const { x0, x1, y0, y1 } = view();
-  const [x, y] = [Math.log2(next.bytes_per_item), qualityOf(next)];
+  const [x, y] = [Math.log2(next.bytes_per_item), heightOf(qualityOf(next))];
   if (x < x0 || x > x1 || y < y0 || y > y1) {
     const [width, height] = [(x1 - x0) / 2, (y1 - y0) / 2];
     setView({ x0: x - width, x1: x + width, y0: y - height, y1: y + height });

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from fewbits.core.kinds import Kind, figure, gain
+
 Point = dict[str, Any]
 Comparison = dict[str, Any]
 
@@ -35,8 +37,13 @@ def with_unit(value: Any, unit: str, spec: str) -> str:
     return f"{value:{spec}}".removesuffix(".0") + unit if known(value) else MISSING
 
 
-def quality_text(value: Any) -> str:
-    return f"{value:.3f}" if known(value) else MISSING
+def share_text(ratio: Any) -> str:
+    """What is left of something that became smaller by `ratio`, in percent."""
+    return with_unit(100 / ratio, " %", ".1f") if known(ratio) and ratio > 0 else MISSING
+
+
+def quality_text(value: Any, name: str = "") -> str:
+    return figure(name, value) if known(value) else MISSING
 
 
 def size_text(value: Any) -> str:
@@ -90,16 +97,29 @@ def rows_text(about: dict[str, Any]) -> str:
 
 
 def input_facts(comparison: Comparison) -> str:
-    """Shape, type and size of what was compared, the queries, and the time, in one line."""
+    """Shape, type and size of what was compared, and the time it took, in one line."""
     about = comparison["input"]
-    facts = [
+    facts = cache_facts(about) if about.get("kind") == "kv" else vector_facts(about)
+    return printable(", ".join([*facts, f"{seconds_text(about.get('seconds'))} s"]))
+
+
+def vector_facts(about: dict[str, Any]) -> list[str]:
+    return [
         f"{rows_text(about)} × {count_text(about.get('dims'))} {about.get('dtype')}",
         f"{count_text(about.get('bytes_per_item'))} bytes per item",
         f"{about.get('metric')}",
         f"{count_text(about.get('queries'))} queries ({about.get('queries_from')})",
-        f"{seconds_text(about.get('seconds'))} s",
     ]
-    return printable(", ".join(facts))
+
+
+def cache_facts(about: dict[str, Any]) -> list[str]:
+    layers, heads, width = (count_text(about.get(name)) for name in ("layers", "heads", "dims"))
+    return [
+        f"{layers} layers × {heads} heads × {width} {about.get('dtype')}",
+        f"{count_text(about.get('bytes_per_item'))} bytes per token",
+        f"{count_text(about.get('pieces'))} pieces of {count_text(about.get('prompt'))} tokens",
+        f"{count_text(about.get('scored'))} scored after each",
+    ]
 
 
 def left_out_reasons(comparison: Comparison) -> dict[str, str]:
@@ -119,21 +139,30 @@ def tried_words(comparison: Comparison) -> str:
     return f"chains tried: {', then '.join(tried)}" if tried else ""
 
 
-def table_columns(qualities: list[str]) -> dict[str, Callable[[Point], str]]:
+CELLS: dict[str, Callable[[Point], str]] = {
+    "bytes_per_item": lambda point: count_text(point["bytes_per_item"]),
+    "ratio": lambda point: ratio_text(point.get("ratio")),
+    "share": lambda point: share_text(point.get("ratio")),
+    "codec_bytes": lambda point: size_text(point.get("codec_bytes")),
+    "encode_per_second": lambda point: rate_text(point.get("encode_per_second")),
+    "search_per_second": lambda point: rate_text(point.get("search_per_second")),
+    "fit_seconds": lambda point: seconds_text(point.get("fit_seconds")),
+}
+"""Figure of a point → its text. The first two columns stand before the qualities."""
+
+
+def table_columns(qualities: list[str], kind: Kind) -> dict[str, Callable[[Point], str]]:
     """Heading → cell text of a point, from left to right."""
 
     def quality(name: str) -> Callable[[Point], str]:
-        return lambda point: quality_text(point["quality"].get(name))
+        return lambda point: quality_text(point["quality"].get(name), name)
 
+    figures = [(heading, CELLS[name]) for name, heading in kind.columns.items()]
     return {
         "method": lambda point: printable(point["spec"]),
-        "bytes/item": lambda point: count_text(point["bytes_per_item"]),
-        "smaller by": lambda point: ratio_text(point.get("ratio")),
+        **dict(figures[:2]),
         **{name: quality(name) for name in qualities},
-        "codec bytes": lambda point: size_text(point.get("codec_bytes")),
-        "encode/s": lambda point: rate_text(point.get("encode_per_second")),
-        "search/s": lambda point: rate_text(point.get("search_per_second")),
-        "fit s": lambda point: seconds_text(point.get("fit_seconds")),
+        **dict(figures[2:]),
     }
 
 
@@ -142,6 +171,7 @@ def sorted_points(comparison: Comparison, target: str) -> list[Point]:
 
     def place(point: Point) -> tuple[float, float]:
         size, quality = point["bytes_per_item"], point["quality"].get(target)
-        return size if known(size) else math.inf, -quality if known(quality) else math.inf
+        better = -gain(target, quality) if known(quality) else math.inf
+        return size if known(size) else math.inf, better
 
     return sorted(comparison["points"], key=place)

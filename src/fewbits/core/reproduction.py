@@ -48,8 +48,7 @@ class Reproduction:
 
 
 def module_of(row: System) -> str:
-    room, file = row.module.split(".")[1:3]
-    return f"fewbits.reproductions.{room}.{file}"
+    return f"fewbits.reproductions.{row.room}.{row.name.replace('-', '_')}"
 
 
 def available() -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 from fewbits.core import frontier
 from fewbits.core.codec import Codec
-from fewbits.core.compare import CUTS, TARGET, compare, target_of
+from fewbits.core.compare import CUTS, compare, target_of
 from fewbits.core.errors import FewbitsError
 from fewbits.core.frontier import Point
+from fewbits.core.kinds import TARGET
 from fewbits.core.source import Source
 
 DEFAULT_KEEP = {TARGET: 0.95}

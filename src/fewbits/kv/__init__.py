@@ -8,13 +8,37 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from fewbits.core.lazy import exported
 
 if TYPE_CHECKING:
     from fewbits.kv._cache import CompressedCache
+    from fewbits.kv.cachegen import save
+    from fewbits.kv.choosing import choose
+    from fewbits.kv.comparison import compare
+    from fewbits.kv.streaming import bench_link, load, read_tokens
 
+__all__ = [
+    "bench_link",
+    "cache",
+    "choose",
+    "compare",
+    "load",
+    "read_tokens",
+    "save",
+    "stages",
+]
+
+_HOMES = {
+    "bench_link": "fewbits.kv.streaming",
+    "choose": "fewbits.kv.choosing",
+    "compare": "fewbits.kv.comparison",
+    "load": "fewbits.kv.streaming",
+    "read_tokens": "fewbits.kv.streaming",
+    "save": "fewbits.kv.cachegen",
+}
 _exported, _names = exported("kv")
 
 
@@ -53,6 +77,8 @@ def cache(model: Any, method: Any = "full", **options: Any) -> CompressedCache:
         made = list(method) if isinstance(method, (list, tuple)) else [method]
         check_order(made)
     use_attention(model)
+    for stage in made:
+        stage.check_model(model)
     return CompressedCache(model.config, made)
 
 
@@ -90,13 +116,23 @@ def stages(method: str, **options: Any) -> list[Any]:
 def check_order(made: list[Any]) -> None:
     """Refuse chains whose stages would not see what they need."""
     from fewbits.core.errors import FewbitsError
+    from fewbits.kv._cache import Stage
 
     seen_encoder = ""
     for stage in made:
+        if not isinstance(stage, Stage):
+            name = getattr(stage, "name", type(stage).__name__)
+            raise FewbitsError(f"{name} is no form of a cache; see docs/kv.md for what it is for")
         if not stage.encodes and seen_encoder:
             raise FewbitsError(f"{stage.name} chooses tokens; put it before {seen_encoder}")
+        if stage.first and seen_encoder:
+            raise FewbitsError(f"{stage.name} cannot follow {seen_encoder}; use kivi there")
         if stage.encodes:
             seen_encoder = seen_encoder or stage.name
+    for before, stage in itertools.pairwise(made):
+        if before.followers is not None and stage.name not in before.followers:
+            names = ", ".join(before.followers)
+            raise FewbitsError(f"{stage.name} cannot follow {before.name}; what can is {names}")
     if seen_encoder:
         for stage in made:
             if stage.drops_later:
@@ -107,8 +143,16 @@ def check_order(made: list[Any]) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    return _exported(name)
+    if name not in _HOMES:
+        return _exported(name)
+    import importlib
+
+    from fewbits.core.errors import require
+
+    require("torch", "kv")
+    require("transformers", "kv")
+    return getattr(importlib.import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:
-    return [*_names(), "cache", "stages"]
+    return [*_names(), *__all__]

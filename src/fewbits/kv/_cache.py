@@ -58,6 +58,26 @@ class Step:
 
 
 @dataclass
+class Inputs:
+    """What comes into a layer's attention.
+
+    Attributes
+    ----------
+    states : (b, t, hidden size): what keys and values are made of.
+    positions : (b or 1, t) int64 of these tokens; None or more axes where the model has it so.
+    first : so many tokens the layer has seen before.
+    module : the attention.
+    rotary : what makes its rotary embeddings, if the model has it as a module.
+    """
+
+    states: Tensor
+    positions: Tensor | None
+    first: int
+    module: Any
+    rotary: Any
+
+
+@dataclass
 class Memory:
     """What a stage remembers of a layer.
 
@@ -90,6 +110,14 @@ class Stage:
     """Whether the prompt becomes a part for each block, and not one part."""
     drops_later: ClassVar[bool] = False
     """Whether it drops tokens behind the prompt, too, which then must be exact."""
+    sees_inputs: ClassVar[bool] = False
+    """Whether it looks at what comes into a layer (`companions`)."""
+    alone: ClassVar[bool] = False
+    """Whether no other stage can come before or after it."""
+    first: ClassVar[bool] = False
+    """Whether nothing that changes the form of tokens can come before it."""
+    followers: ClassVar[tuple[str, ...] | None] = None
+    """Names of the stages that can come behind it; None: any."""
 
     @property
     def window(self) -> int:
@@ -106,12 +134,22 @@ class Stage:
         """The prompt is compressed in a multiple of so many tokens; as `block` if not said."""
         return self.block
 
+    def check(self) -> None:
+        """Refuse to be used as it is: a method that must be fitted first, for example."""
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that the method was not fitted to."""
+
     def observe(self, step: Step, memory: Memory) -> None:
         """Look at the prompt as it is read."""
 
     def shown(self, keys: Tensor, values: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """What attention sees of new (b, h, t, d) keys and values, of the prompt, too."""
         return keys, values
+
+    def companions(self, inputs: Inputs, memory: Memory) -> dict[str, Tensor]:
+        """(b, 1, t, …) tensors that go with new tokens for as long as these are exact."""
+        return {}
 
     def beside(self, rows: Tensor, memory: Memory) -> Partial | None:
         """Attention of folded and scaled (b, h, r, d) queries over what is no token."""
@@ -128,6 +166,12 @@ class Stage:
     def encode_values(self, values: Tensor, memory: Memory) -> Form:
         """The form in which (b, h, s, d) values are held."""
         return Exact(values)
+
+    def encode(self, part: Part, memory: Memory) -> Part:
+        """A part whose exact numbers are held in the form of this stage."""
+        keys = part.keys.inner(lambda numbers: self.encode_keys(numbers, memory))
+        values = part.values.inner(lambda numbers: self.encode_values(numbers, memory))
+        return Part(keys, values, part.valid)
 
     def aged(self, parts: list[Part]) -> list[Part]:
         """The compressed parts, oldest first, after one was added; older ones may shrink."""
@@ -159,12 +203,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.stages, self.index, self.layers = list(stages), index, layers
         self.held_open = False
         self.has_more = any(type(stage).beside is not Stage.beside for stage in self.stages)
+        self.sees_inputs = any(stage.sees_inputs for stage in self.stages)
         self.clear()
 
     def clear(self) -> None:
         self.parts: list[Part] = []
         self.recent: Part | None = None
         self.incoming: tuple[Tensor, Tensor] | None = None
+        self.inputs: Inputs | None = None
         self.seen = 0
         self.reading_prompt = True
         self.memories = [Memory(self.index, self.layers) for _ in self.stages]
@@ -243,7 +289,7 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.incoming = None
         for stage, memory in zip(self.stages, self.memories, strict=True):
             keys, values = stage.shown(keys, values, memory)
-        new = Part(Exact(keys), Exact(values), new_valid(mask, queries))
+        new = Part(Exact(keys), Exact(values), new_valid(mask, queries), self._companions())
         if self.parts or cap is not None or sinks is not None or self.has_more:
             output = self._joined(queries, new, scaling, cap, sinks)
             everything = joined(self.recent, new) if not self.parts else None
@@ -260,6 +306,22 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.recent = everything or joined(self.recent, new)
         self._taken_in(step)
         return output
+
+    def _companions(self) -> dict[str, Tensor]:
+        """What the stages make of the inputs that were handed over."""
+        if not self.sees_inputs:
+            return {}
+        inputs, self.inputs = self.inputs, None
+        if inputs is None:
+            raise FewbitsError(
+                "this cache needs what comes into each layer, and the model does not hand it over; "
+                "make the cache with fewbits.kv.cache for this very model, which must have k_proj "
+                "and v_proj, or qkv_proj"
+            )
+        found: dict[str, Tensor] = {}
+        for stage, memory in zip(self.stages, self.memories, strict=True):
+            found |= stage.companions(inputs, memory)
+        return found
 
     def _taken_in(self, step: Step | None) -> None:
         """Let the stages see what came in, and compress what is due."""
@@ -338,13 +400,14 @@ class CompressedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def encoded(self, part: Part) -> Part:
         """An exact part in the form that the stages give it, one inside the other."""
-        keys, values = part.keys, part.values
         if part.valid is not None:  # padding must not decide how the rest is held
-            keys, values = (Exact(form.read() * part.valid[..., None]) for form in (keys, values))
+            there = part.valid[..., None]
+            keys, values = (Exact(form.read() * there) for form in (part.keys, part.values))
+            beside = {name: one * there for name, one in part.companions.items()}
+            part = Part(keys, values, part.valid, beside)
         for stage, memory in zip(self.stages, self.memories, strict=True):
-            keys = keys.inner(lambda x, s=stage, m=memory: s.encode_keys(x, m))  # type: ignore[misc]
-            values = values.inner(lambda x, s=stage, m=memory: s.encode_values(x, m))  # type: ignore[misc]
-        return Part(keys, values, part.valid)
+            part = stage.encode(part, memory)
+        return part
 
     # -- bytes --------------------------------------------------------------------------------
 
@@ -384,12 +447,23 @@ def seen(part: Part) -> Tensor | None:
 
 
 def joined(first: Part | None, second: Part) -> Part:
-    """Two exact parts as one."""
+    """Two exact parts as one, which holds only its own bytes."""
     if first is None:
-        return second
+        return Part(own(second.keys), own(second.values), second.valid, second.companions)
     keys = torch.cat([first.keys.read(), second.keys.read()], dim=2)
     values = torch.cat([first.values.read(), second.values.read()], dim=2)
-    return Part(Exact(keys), Exact(values), joined_valid([first, second]))
+    beside = {
+        name: torch.cat([first.companions[name], one], dim=2)
+        for name, one in second.companions.items()
+    }
+    return Part(Exact(keys), Exact(values), joined_valid([first, second]), beside)
+
+
+def own(form: Form) -> Exact:
+    """Exact numbers that are no view of more: fused projections give keys and values in one."""
+    numbers = form.read()
+    viewed = numbers.untyped_storage().nbytes() > numbers.nbytes
+    return Exact(numbers.clone() if viewed else numbers)
 
 
 def joined_valid(parts: Sequence[Part]) -> Tensor | None:
@@ -414,7 +488,8 @@ def split(part: Part, count: int) -> tuple[Part, Part]:
     def piece(begin: int, end: int) -> Part:
         keys, values = (form.read()[:, :, begin:end].clone() for form in (part.keys, part.values))
         valid = None if part.valid is None else part.valid[:, :, begin:end].clone()
-        return Part(Exact(keys), Exact(values), valid)
+        beside = {name: one[:, :, begin:end].clone() for name, one in part.companions.items()}
+        return Part(Exact(keys), Exact(values), valid, beside)
 
     return piece(0, count), piece(count, part.tokens)
 
@@ -443,6 +518,10 @@ class CompressedCache(DynamicCache):  # type: ignore[misc]
 
     def __init__(self, config: Any, stages: Sequence[Stage]) -> None:
         super().__init__(config=config)
+        for stage in stages:
+            stage.check()
+            if stage.alone and len(stages) > 1:
+                raise FewbitsError(f"{stage.name} goes with no other method; give it alone")
         text = config.get_text_config(decoder=True)
         kinds = getattr(text, "layer_types", None) or ["full_attention"] * text.num_hidden_layers
         if "full_attention" not in kinds:

@@ -121,12 +121,14 @@ class Channels(Form):
 class Part:
     """Some tokens of a layer: their keys, their values, and which of them are padding.
 
-    `valid` is (b, 1, s) or (b, h, s) bool, or None where none is padding.
+    `valid` is (b, 1, s) or (b, h, s) bool, or None where none is padding. `companions` are
+    (b, 1, s, …) tensors that go with the tokens while they are exact.
     """
 
     keys: Form
     values: Form
     valid: Tensor | None = None
+    companions: dict[str, Tensor] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -137,7 +139,9 @@ class Part:
             yield from ((f"{name}.{inner}", tensor) for inner, tensor in form.tensors())
         if self.valid is not None:
             yield "valid", self.valid
+        yield from ((f"companions.{name}", one) for name, one in self.companions.items())
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Part:
         valid = None if self.valid is None else function(self.valid)
-        return Part(self.keys.map(function), self.values.map(function), valid)
+        beside = {name: function(one) for name, one in self.companions.items()}
+        return Part(self.keys.map(function), self.values.map(function), valid, beside)

@@ -67,7 +67,7 @@ class Grouped(Form):
         codes = unpack(self.codes, self.width, self.bits).to(self.scale.dtype)
         grouped = groups_of(codes, self.group, self.along)
         at = self.along + 1
-        numbers = grouped * self.scale.unsqueeze(at) + self.low.unsqueeze(at)
+        numbers = torch.addcmul(self.low.unsqueeze(at), grouped, self.scale.unsqueeze(at))
         return numbers.flatten(self.along, at).narrow(self.along, 0, codes.shape[self.along])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -11,9 +13,11 @@ from transformers.masking_utils import sdpa_mask
 
 from fewbits.core.errors import FewbitsError
 from fewbits.kv._attention import capped_attention
-from fewbits.kv._cache import CompressedLayer
+from fewbits.kv._cache import CompressedCache, CompressedLayer, Inputs
 
 NAME = "fewbits"
+KEY_MAKERS = {"k_proj", "qkv_proj"}
+"""Projections by which an attention whose inputs can be used is known."""
 
 
 def fewbits_attention(
@@ -55,11 +59,18 @@ def use_attention(model: Any) -> None:
     """
     AttentionInterface.register(NAME, fewbits_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
-    if not hasattr(model, "set_attn_implementation"):
+    replaceable = getattr(model, "_can_set_attn_implementation", lambda: False)
+    if not hasattr(model, "set_attn_implementation") or not replaceable():
         raise FewbitsError(
             f"{type(model).__name__} does not let its attention be replaced; give a causal "
             "language model of transformers"
         )
+    if getattr(model.config.get_text_config(decoder=True), "kv_lora_rank", None):
+        raise FewbitsError(
+            f"{type(model).__name__} caches latents that its attention expands (multi-head latent "
+            "attention), not keys and values; these methods are not for it"
+        )
+    hand_over_inputs(model)
     if model.config._attn_implementation == NAME:
         return
     try:
@@ -68,6 +79,43 @@ def use_attention(model: Any) -> None:
         raise FewbitsError(
             f"{type(model).__name__} does not let its attention be replaced ({error})"
         ) from None
+
+
+def hand_over_inputs(model: Any) -> None:
+    """Have every attention of a model show its inputs to compressed layers that ask for them."""
+    modules = dict(model.named_modules())
+    for name, module in modules.items():
+        hooks = getattr(module, "_forward_pre_hooks", {}).values()
+        if not hasattr(module, "layer_idx") or not (
+            KEY_MAKERS & set(dict(module.named_children()))
+        ):
+            continue
+        if not any(getattr(hook, "func", None) is hand_over for hook in hooks):
+            # An argument, so that a copy of the model gets its copy of it.
+            hook = partial(hand_over, rotary_of(modules, name))
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def rotary_of(modules: Mapping[str, Any], name: str) -> Any:
+    """The nearest module of rotary embeddings above the module `name`."""
+    while name:
+        name = name.rpartition(".")[0]
+        found = modules.get(f"{name}.rotary_emb".lstrip("."))
+        if found is not None:
+            return found
+    return None
+
+
+def hand_over(rotary: Any, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before an attention runs: its inputs go to its layer of a compressed cache."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, CompressedCache):
+        return
+    layer = cache.layers[module.layer_idx]
+    if isinstance(layer, CompressedLayer) and layer.sees_inputs:
+        states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        positions = kwargs.get("position_ids")
+        layer.inputs = Inputs(states, positions, layer.seen, module, rotary)
 
 
 def is_multimodal(model: Any) -> bool:

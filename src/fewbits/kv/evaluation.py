@@ -7,7 +7,7 @@ of the prompt itself would say nothing, as the prompt is read exactly.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from fewbits.core.errors import FewbitsError
 from fewbits.kv import cache
 from fewbits.kv._cache import CompressedCache
+from fewbits.kv._files import head_width
+
+LARGEST_BATCH = 2**28
+"""Bytes that the probabilities of one batch may take."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Cost:
 
     Attributes
     ----------
-    method : its spec string.
+    method : its spec string, or the name it was given.
     divergence : KL(whole cache ‖ this one) of the next token, in nats, mean over the continuation.
     perplexity : of the continuation.
     agreement : share of its tokens where both caches find the same most probable one.
@@ -48,7 +52,11 @@ class Cost:
 
 
 def evaluate(
-    model: Any, tokens: Tensor, prompt: int, methods: Sequence[str], batch: int = 8
+    model: Any,
+    tokens: Tensor,
+    prompt: int,
+    methods: Sequence[str] | Mapping[str, Any],
+    batch: int = 8,
 ) -> list[Cost]:
     """Score the continuation of some texts through the cache of each method.
 
@@ -57,7 +65,7 @@ def evaluate(
     model : a causal language model of transformers.
     tokens : (n, t) int64, texts of one length.
     prompt : so many tokens of each are read before the cache is compressed; the others are scored.
-    methods : spec strings, as `kv.cache` takes them.
+    methods : spec strings, as `kv.cache` takes them; or names, and what `kv.cache` takes for each.
     batch : texts at a time.
 
     Raises
@@ -65,17 +73,78 @@ def evaluate(
     FewbitsError
         Tokens of another shape, or no continuation.
     """
+    scores = Scores(model, prompt, methods)
+    check_texts(tokens, prompt)
+    for rows in tokens.split(batch):
+        scores.add(rows)
+    return scores.costs()
+
+
+def check_texts(tokens: Tensor, prompt: int) -> None:
     if tokens.ndim != 2 or not 1 <= prompt < tokens.shape[1]:
         raise FewbitsError(
             f"tokens must be (texts, tokens) with more than prompt={prompt} of them, not "
             f"{tuple(tokens.shape)}"
         )
-    sums = {method: Sums() for method in methods}
-    for rows in tokens.split(batch):
-        whole = run(model, rows, prompt, cache(model, "full"))
-        for method in methods:
-            sums[method].add(whole, run(model, rows, prompt, cache(model, method)), rows, prompt)
-    return [sums[method].cost(method) for method in methods]
+
+
+def named(methods: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+    """What `kv.cache` takes for each method, by its name; a spec string is its own name."""
+    return dict(methods) if isinstance(methods, Mapping) else {name: name for name in methods}
+
+
+class Scores:
+    """The costs of several methods on texts that come in one batch after the other.
+
+    A method that fails is left out from then on if `forgiving`; `failed` has its name and why.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: int,
+        methods: Sequence[str] | Mapping[str, Any],
+        forgiving: bool = False,
+    ) -> None:
+        self.model, self.prompt, self.forgiving = model, prompt, forgiving
+        self.methods = named(methods)
+        self.sums = {name: Sums() for name in self.methods}
+        self.failed: dict[str, str] = {}
+
+    def add(
+        self,
+        rows: Tensor,
+        names: Sequence[str] | None = None,
+        step: Callable[[str], None] | None = None,
+    ) -> None:
+        """Score (b, t) more texts with all methods, or some; `step` hears of each."""
+        if step is not None:
+            step("full")
+        whole = run(self.model, rows, self.prompt, cache(self.model, "full"))
+        for name in self.methods if names is None else names:
+            if name in self.failed:
+                continue
+            if step is not None:
+                step(name)
+            try:
+                self.sums[name].add(whole, self.found(name, rows, whole), rows, self.prompt)
+            except (FewbitsError, RuntimeError) as error:
+                if not self.forgiving:
+                    raise
+                self.failed[name] = " ".join(str(error).split())
+
+    def found(self, name: str, rows: Tensor, whole: Run) -> Run:
+        method = self.methods[name]
+        if method == "full":  # it was read already
+            return whole
+        return run(self.model, rows, self.prompt, cache(self.model, method))
+
+    def cost(self, name: str) -> Cost:
+        return self.sums[name].cost(name)
+
+    def costs(self) -> list[Cost]:
+        """Of all methods that did not fail, in the order they were given."""
+        return [self.cost(name) for name in self.methods if name not in self.failed]
 
 
 @dataclass
@@ -93,19 +162,33 @@ class Run:
 def run(model: Any, rows: Tensor, prompt: int, held: CompressedCache) -> Run:
     """Read the prompts, then the continuation token by token."""
     rows = rows.to(model.device)
-    start = time.perf_counter()
+    start = now(model)
     logits = [model(rows[:, :prompt], past_key_values=held, logits_to_keep=1).logits]
-    prompt_seconds = time.perf_counter() - start
+    prompt_seconds = now(model) - start
     nbytes = held.nbytes()
-    start = time.perf_counter()
+    start = now(model)
     for place in range(prompt, rows.shape[1] - 1):
         logits.append(model(rows[:, place : place + 1], past_key_values=held).logits)
-    seconds = time.perf_counter() - start
+    seconds = now(model) - start
     found = torch.cat(logits, dim=1).float().log_softmax(dim=2)
     config = model.config.get_text_config(decoder=True)
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    numbers = 2 * len(held.layers) * config.num_key_value_heads * width * rows.shape[0] * prompt
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    per_token = 2 * len(held.layers) * heads * head_width(config)
+    numbers = per_token * rows.shape[0] * prompt
     return Run(found, nbytes, numbers, prompt_seconds, seconds)
+
+
+def now(model: Any) -> float:
+    """Seconds on a clock, when all that a model was asked for is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()
+
+
+def batch_of(model: Any, scored: int, batch: int) -> int:
+    """How many texts at a time, so that their probabilities are not too large."""
+    words = model.config.get_text_config(decoder=True).vocab_size
+    return max(1, min(batch, LARGEST_BATCH // (4 * scored * words)))
 
 
 class Sums:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
@@ -29,6 +30,7 @@ from fewbits.kv._cache import (
     Step,
     select,
 )
+from fewbits.kv._files import Fingerprint, check_model, fingerprint, load_fitted, save_fitted
 from fewbits.kv._forms import Part
 from fewbits.kv._transformers import use_attention
 from fewbits.kv.baselines import attention_sums, share
@@ -49,6 +51,7 @@ class PrefixKV(Stage):
         end of what the prompt left.
     per_query : divide the attention of a token by the number of queries that could see it. Not in
         the paper; without, early tokens are favoured.
+    fitted : a file that `save` wrote, whose shares hold for the `keep` they were found for.
     shares : of each layer, from `fit`; without, all layers keep the same.
     """
 
@@ -59,9 +62,13 @@ class PrefixKV(Stage):
     start: int = 1
     distance: int = 25
     per_query: bool = False
+    fitted: str | None = None
     shares: tuple[float, ...] | None = field(default=None, repr=False)
+    model: Fingerprint | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
+        if self.fitted is not None:
+            self._read(self.fitted)
         share(self.name, self.keep)
         if self.start < 0 or self.distance < 1:
             raise FewbitsError("prefixkv: start must be at least 0, and distance at least 1")
@@ -70,19 +77,21 @@ class PrefixKV(Stage):
 
     # -- learning ----------------------------------------------------------------------------
 
-    def fit(self, model: Any, prompts: Sequence[Tensor | Mapping[str, Tensor]]) -> Self:
+    def fit(self, model: Any, prompts: Tensor | Sequence[Tensor | Mapping[str, Tensor]]) -> Self:
         """Find the share of each layer from some prompts; returns a copy.
 
         Parameters
         ----------
-        prompts : (b, t) int64 token numbers each, or whatever else the model takes by name (what
-            the processor of a vision-language model gives), without padding.
+        prompts : (n, t) int64 token numbers, several of those, or whatever else the model takes by
+            name (what the processor of a vision-language model gives), without padding.
 
         Raises
         ------
         FewbitsError
             No prompts.
         """
+        if isinstance(prompts, Tensor):
+            prompts = prompts.split(1)
         if not prompts:
             raise FewbitsError("prefixkv needs prompts to find the shares of the layers")
         use_attention(model)
@@ -99,8 +108,58 @@ class PrefixKV(Stage):
                 least = min(tokens, self.start + 1)
                 counts, _ = layer_counts(curves, self.keep, least)
                 found.append(torch.tensor(counts) / tokens)
-        shares = torch.stack(found).mean(dim=0)
-        return replace(self, shares=tuple(shares.tolist()))
+        shares = tuple(torch.stack(found).mean(dim=0).tolist())
+        return replace(self, fitted=None, shares=shares, model=fingerprint(model))
+
+    def save(self, path: str | Path, overwrite: bool = False) -> None:
+        """Write the shares of the layers to a file.
+
+        Raises
+        ------
+        FewbitsError
+            Not fitted, or the file exists (and not ``overwrite``) or cannot be written.
+        """
+        if self.shares is None or self.model is None:
+            raise FewbitsError("prefixkv has learned nothing yet: call fit first")
+        settings = {
+            name: getattr(self, name) for name in ("keep", "start", "distance", "per_query")
+        }
+        tensors = {"shares": torch.tensor(self.shares, dtype=torch.float64)}
+        save_fitted(path, self.name, tensors, settings, self.model, overwrite)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """What `save` wrote.
+
+        Raises
+        ------
+        FewbitsError
+            There is no such file, or it is damaged or of another method.
+        """
+        _, settings, _ = load_fitted(path, cls.name)
+        return cls(fitted=str(path), **settings)
+
+    def _read(self, path: str) -> None:
+        tensors, settings, self.model = load_fitted(path, self.name)
+        shares = tensors.get("shares")
+        if shares is None or shares.shape != (self.model.get("layers"),):
+            raise FewbitsError(f"{path} is damaged: it has no share for each layer")
+        if settings.get("keep") != self.keep:
+            raise FewbitsError(
+                f"{path} was fitted for keep={settings.get('keep')}, not for keep={self.keep}"
+            )
+        self.shares = tuple(float(share) for share in shares)
+
+    def check_model(self, model: Any) -> None:
+        """Refuse a model that this was not fitted to.
+
+        Raises
+        ------
+        FewbitsError
+            It is another one.
+        """
+        if self.model is not None:
+            check_model(self.model, model)
 
     # -- choosing ----------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ class SAQ(Stage):
     name: ClassVar[str] = "saq"
     encodes: ClassVar[bool] = True
     by_blocks: ClassVar[bool] = True
+    first: ClassVar[bool] = True
 
     stairs: str = "8-4-2"
     block_size: int = 32

@@ -27,9 +27,8 @@ def unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """(…, count) uint8: what `pack` packed."""
     if bits == 8:
         return packed[..., :count]
-    shifts = torch.arange(0, 8, bits, device=packed.device, dtype=torch.uint8)
-    digits = packed.unsqueeze(-1) >> shifts & (2**bits - 1)
-    return digits.flatten(-2)[..., :count]
+    digits = [packed >> shift & (2**bits - 1) for shift in range(0, 8, bits)]
+    return torch.stack(digits, dim=-1).flatten(-2)[..., :count]
 
 
 def pack_trits(trits: Tensor) -> Tensor:

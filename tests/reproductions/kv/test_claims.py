@@ -22,7 +22,10 @@ def result(request: pytest.FixtureRequest) -> Reproduction:
 def test_figures_are_finite_and_a_failure_is_named(result: Reproduction) -> None:
     for value in (*result.figures.values(), *result.baselines.values()):
         assert math.isfinite(value)
-    assert result.figures and result.baselines and result.details and result.data
+    assert result.figures
+    assert result.baselines
+    assert result.details
+    assert result.data
     assert result.holds == (not result.reason)
 
 
