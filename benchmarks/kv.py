@@ -34,7 +34,6 @@ from fewbits.core.language_model import (
 )
 
 PIECES, PROMPT, SCORED = 12, 512, 64
-FITTING_PIECES = 48
 BUDGETS = (0.5, 0.25, 0.125)
 TOLERANCE = 1.02
 """A method lands at a budget if it holds at most so many times its bytes."""
@@ -47,8 +46,15 @@ def tables() -> str:
     model, tokenizer = load_language_model()
     model = model.to(torch.float16)
     tokens = token_rows(tokenizer, held_out_text(), PIECES, PROMPT + SCORED)
-    learning = token_rows(tokenizer, calibration_text(), FITTING_PIECES, PROMPT)
-    found = fewbits.kv.compare(model, tokens, calibrate=learning, prompt=PROMPT, scored=SCORED)
+    found = fewbits.kv.compare(
+        model,
+        tokens,
+        calibrate=calibration_text(),
+        tokenizer=tokenizer,
+        pieces=PIECES,
+        prompt=PROMPT,
+        scored=SCORED,
+    )
     rows = [ours(point, found.input["bytes_per_item"]) for point in found.points]
     rows += kvpress_rows(tokens)
     about = (

@@ -28,7 +28,9 @@ def add_kv(made: argparse.ArgumentParser) -> None:
     added = command("choose", run_choose, "pick the best cache within a budget")
     added.add_argument("--text", required=True, help="file of words to try caches on")
     added.add_argument("--at-most", help="share of the whole cache (25%%), or bytes per token")
-    added.add_argument("--keep", metavar="NAME=VALUE", help="perplexity=+1%%, KL=0.01, agreement=")
+    added.add_argument(
+        "--keep", metavar="NAME=VALUE", help="perplexity=+1%%, agreement=-2%%, KL=0.01"
+    )
     added.add_argument("--calibrate", metavar="FILE", help="words for methods that learn first")
     added.add_argument("-o", "--output", help="file for the method, where it was fitted")
     added.add_argument("--overwrite", action="store_true", help="replace an existing output")

@@ -512,7 +512,8 @@ def test_unfit_calibration_is_refused(
 
 
 def test_one_token_is_enough_to_fit(llama: Any) -> None:
-    filled(llama, CSKV(recent=16, bits=4).fit(llama, TEXT[:1, :1], epochs=1))
+    cache = filled(llama, CSKV(recent=16, bits=4).fit(llama, TEXT[:1, :1], epochs=1))
+    assert {layer.tokens_held for layer in cache.compressed} == {96}
 
 
 def test_it_must_be_fitted_first(llama: Any) -> None:

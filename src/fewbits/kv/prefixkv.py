@@ -64,7 +64,7 @@ class PrefixKV(Stage):
     per_query: bool = False
     fitted: str | None = None
     shares: tuple[float, ...] | None = field(default=None, repr=False)
-    model: Fingerprint | None = field(default=None, repr=False)
+    model: Fingerprint | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.fitted is not None:
@@ -109,7 +109,9 @@ class PrefixKV(Stage):
                 counts, _ = layer_counts(curves, self.keep, least)
                 found.append(torch.tensor(counts) / tokens)
         shares = tuple(torch.stack(found).mean(dim=0).tolist())
-        return replace(self, fitted=None, shares=shares, model=fingerprint(model))
+        made = replace(self, fitted=None, shares=shares)
+        made.model = fingerprint(model)
+        return made
 
     def save(self, path: str | Path, overwrite: bool = False) -> None:
         """Write the shares of the layers to a file.
